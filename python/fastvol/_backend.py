@@ -1,0 +1,165 @@
+"""The one place that chooses who computes: the C++ core or the PyTorch reference."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .errors import FastvolWarning, NotAvailableError
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+
+BUILD_HINT = "build it with `pip install .` (or `python setup.py build_ext --inplace`)"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The functions of one backend; the signatures are those of ``fastvol._reference``."""
+
+    name: str
+    normals: Callable[..., tuple[Float, Float]]
+    perturb: Callable[..., None]
+    search: Callable[..., Any]
+    log_ball_volume: Callable[[int], float]
+    log_radial_gaussian: Callable[..., Float]
+
+
+def select(backend: str) -> Backend:
+    """The backend by name: ``"auto"``, ``"cpp"``, ``"torch"``.
+
+    Raises:
+        ValueError: an unknown name, or ``"cpp"`` where the extension is not built.
+        NotAvailableError: ``"triton"``.
+    """
+    if backend == "triton":
+        raise NotAvailableError(
+            "backend='triton' is not part of this version; use backend='auto', which runs on any "
+            "device that PyTorch knows"
+        )
+    if backend not in ("auto", "cpp", "torch"):
+        raise ValueError(f"backend must be 'auto', 'cpp', 'torch' or 'triton', got {backend!r}")
+    if backend == "torch":
+        return _torch_backend()
+    core = _import_core()
+    if core is not None:
+        return _cpp_backend(core)
+    if backend == "cpp":
+        raise ValueError(f"backend='cpp' needs the compiled extension: {BUILD_HINT}")
+    _warn_once()
+    return _torch_backend()
+
+
+def _import_core() -> ModuleType | None:
+    try:
+        from . import _core
+    except ImportError:
+        return None
+    return _core
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "fastvol runs without its compiled extension: the same numbers, slower. To have it, "
+        + BUILD_HINT,
+        FastvolWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _torch_backend() -> Backend:
+    from ._reference import noise, radial, search
+
+    return Backend(
+        name="torch",
+        normals=noise.normals,
+        perturb=noise.perturb,
+        search=search.search,
+        log_ball_volume=radial.log_ball_volume,
+        log_radial_gaussian=radial.log_radial_gaussian,
+    )
+
+
+@functools.cache
+def _cpp_backend(core: Any) -> Backend:
+    reference = _torch_backend()
+
+    def on_cpu(out: Tensor) -> bool:
+        # Noise on another device is made there, by the reference.
+        return out.device.type == "cpu" and out.dtype in (torch.float32, torch.float64)
+
+    def normals(
+        out: Tensor,
+        seed: int,
+        stream: int,
+        ids: Int,
+        *,
+        antithetic: bool = False,
+        scale: Tensor | None = None,
+        project: Tensor | None = None,
+        threads: int = 1,
+    ) -> tuple[Float, Float]:
+        if not on_cpu(out):
+            return reference.normals(
+                out, seed, stream, ids, antithetic=antithetic, scale=scale, project=project
+            )
+        norm, dot = core.normals(
+            out.numpy(),
+            seed,
+            stream,
+            ids,
+            antithetic=antithetic,
+            scale=None if scale is None else scale.numpy(),
+            project=None if project is None else project.numpy(),
+            threads=threads,
+        )
+        return norm, dot
+
+    def perturb(
+        out: Tensor,
+        theta0: Tensor,
+        coefficient: Float,
+        seed: int,
+        stream: int,
+        ids: Int,
+        *,
+        antithetic: bool = False,
+        scale: Tensor | None = None,
+        threads: int = 1,
+    ) -> None:
+        if not on_cpu(out):
+            reference.perturb(
+                out, theta0, coefficient, seed, stream, ids, antithetic=antithetic, scale=scale
+            )
+            return
+        core.perturb(
+            out.numpy(),
+            theta0.numpy(),
+            coefficient,
+            seed,
+            stream,
+            ids,
+            antithetic=antithetic,
+            scale=None if scale is None else scale.numpy(),
+            threads=threads,
+        )
+
+    return Backend(
+        name="cpp",
+        normals=normals,
+        perturb=perturb,
+        search=core.search,
+        log_ball_volume=core.log_ball_volume,
+        log_radial_gaussian=core.log_radial_gaussian,
+    )

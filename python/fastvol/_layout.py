@@ -1,0 +1,204 @@
+"""Which parameters move, and where each one lies in the flat vector."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ParameterSelector = Iterable[str] | str | Callable[[str, nn.Parameter], bool] | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter's place in the flat vector: coordinates ``start`` to ``stop``."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+class ParameterLayout:
+    """The flat layout of the parameters that move, in ``model.named_parameters()`` order.
+
+    A tied parameter appears once, under its first name. Frozen parameters are left out.
+
+    Args:
+        model: the module.
+        parameters: ``None`` (every parameter with ``requires_grad``), a name or shell-style
+            pattern, several of them, or a predicate ``(name, parameter) -> bool``.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``parameters`` has a wrong type, or a parameter is
+            not a dense floating-point tensor.
+        ValueError: nothing is left to move, a name matches nothing or names a frozen parameter,
+            a parameter is not finite, or the parameters lie on several devices.
+    """
+
+    def __init__(self, model: nn.Module, parameters: ParameterSelector = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        chosen = _select(model, parameters)
+        segments = []
+        offset = 0
+        for name, parameter in chosen.items():
+            _check_parameter(name, parameter)
+            stop = offset + parameter.numel()
+            segments.append(Segment(name, parameter.shape, parameter.dtype, offset, stop))
+            offset = stop
+        if offset == 0:
+            raise ValueError(
+                "model has no parameter to move: it has none with requires_grad=True and at least "
+                "one element, or parameters= selects none"
+            )
+        devices = {parameter.device for parameter in chosen.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"model has its parameters on several devices ({sorted(map(str, devices))}); move "
+                "it to one, or choose a subset with parameters="
+            )
+        self.segments: tuple[Segment, ...] = tuple(segments)
+        self.size: int = offset
+        self.device: torch.device = devices.pop()
+        double = any(segment.dtype == torch.float64 for segment in segments)
+        self.dtype: torch.dtype = torch.float64 if double else torch.float32
+        self._parameters = chosen
+
+    def flatten(self) -> Tensor:
+        """The parameters as they stand: a new ``[size]`` tensor in the working dtype."""
+        with torch.no_grad():
+            return torch.cat(
+                [p.detach().reshape(-1).to(self.dtype) for p in self._parameters.values()]
+            )
+
+    def unflatten(self, flat: Tensor, prefix: str = "") -> dict[str, Tensor]:
+        """Views of ``flat`` ``[..., size]`` by name, ``[..., *shape]`` each.
+
+        A parameter whose own dtype is not the working dtype is a cast copy instead of a view.
+        """
+        lead = flat.shape[:-1]
+        views = {}
+        for s in self.segments:
+            view = flat[..., s.start : s.stop].view(*lead, *s.shape)
+            views[prefix + s.name] = view if s.dtype == self.dtype else view.to(s.dtype)
+        return views
+
+    @property
+    def is_single_dtype(self) -> bool:
+        """Whether every parameter has the working dtype, so that ``unflatten`` never copies."""
+        return all(segment.dtype == self.dtype for segment in self.segments)
+
+    def expand(self, value: Any, argument: str) -> Tensor:
+        """One positive finite value per coordinate: a float64 ``[size]`` tensor.
+
+        Args:
+            value: a number, a mapping from parameter name to a number or a tensor that broadcasts
+                to that parameter, or a tensor with ``size`` entries.
+            argument: the name that an error message gives to ``value``.
+        """
+        if isinstance(value, Mapping):
+            flat = self._expand_mapping(value, argument)
+        elif isinstance(value, Tensor):
+            if value.is_complex() or value.numel() not in (1, self.size):
+                raise ValueError(
+                    f"{argument} must be a real tensor with one entry or {self.size} entries (one "
+                    f"per moved coordinate), got shape {tuple(value.shape)}"
+                )
+            flat = value.detach().to("cpu", torch.float64).reshape(-1).expand(self.size).clone()
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat = torch.full((self.size,), float(value), dtype=torch.float64)
+        else:
+            raise TypeError(
+                f"{argument} must be a number, a mapping from parameter name to values, or a "
+                f"tensor, got {type(value).__name__}"
+            )
+        if not bool(torch.isfinite(flat).all()) or not bool((flat > 0).all()):
+            raise ValueError(f"{argument} must be positive and finite in every coordinate")
+        return flat
+
+    def _expand_mapping(self, value: Mapping[str, Any], argument: str) -> Tensor:
+        known = {segment.name for segment in self.segments}
+        unknown = sorted(map(str, set(value) - known))
+        missing = sorted(known - set(value))
+        if unknown or missing:
+            raise ValueError(
+                f"{argument} must name every moved parameter and no other; missing {missing}, "
+                f"unknown {unknown}"
+            )
+        flat = torch.empty(self.size, dtype=torch.float64)
+        for segment in self.segments:
+            try:
+                entry = torch.as_tensor(value[segment.name], dtype=torch.float64).detach().cpu()
+                entry = entry.expand(segment.shape)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{argument}[{segment.name!r}] must be a number or broadcast to shape "
+                    f"{tuple(segment.shape)}: {error}"
+                ) from error
+            flat[segment.start : segment.stop] = entry.reshape(-1)
+        return flat
+
+    def segment_of(self, coordinate: int) -> Segment:
+        """The parameter that holds a flat coordinate."""
+        return next(s for s in self.segments if s.start <= coordinate < s.stop)
+
+    def describe(self) -> list[list[Any]]:
+        """Names and shapes in order, JSON-ready: what a direction's coordinates mean."""
+        return [[segment.name, list(segment.shape)] for segment in self.segments]
+
+
+def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Parameter]:
+    everything = dict(model.named_parameters())
+    if parameters is None:
+        return {name: p for name, p in everything.items() if p.requires_grad and p.numel() > 0}
+    if callable(parameters):
+        return {
+            name: p
+            for name, p in everything.items()
+            if p.requires_grad and p.numel() > 0 and parameters(name, p)
+        }
+    patterns = [parameters] if isinstance(parameters, str) else parameters
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            "parameters must be None, a name, an iterable of names or patterns, or a predicate "
+            f"(name, parameter) -> bool, got {type(parameters).__name__}"
+        )
+    wanted: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"parameters must contain strings, got {type(pattern).__name__}")
+        matches = {pattern} if pattern in everything else set(fnmatch.filter(everything, pattern))
+        if not matches:
+            raise ValueError(
+                f"parameters: {pattern!r} matches no parameter of model; it has {list(everything)}"
+            )
+        frozen = sorted(name for name in matches if not everything[name].requires_grad)
+        if frozen:
+            raise ValueError(
+                f"parameters: {pattern!r} selects {frozen}, which are frozen "
+                "(requires_grad=False); unfreeze them to move them"
+            )
+        wanted |= matches
+    return {name: p for name, p in everything.items() if name in wanted and p.numel() > 0}
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"model parameter {name!r} is uninitialised; run one forward pass first")
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"model parameter {name!r} has dtype {parameter.dtype}; only real floating-point "
+            "parameters can move (leave it out with parameters=)"
+        )
+    if parameter.layout != torch.strided:
+        raise TypeError(f"model parameter {name!r} is {parameter.layout}, not a dense tensor")
+    if parameter.is_meta:
+        raise ValueError(f"model parameter {name!r} is on the meta device and holds no values")
+    if not bool(torch.isfinite(parameter.detach()).all()):
+        raise ValueError(f"model parameter {name!r} contains values that are not finite")

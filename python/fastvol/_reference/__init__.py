@@ -1,0 +1,1 @@
+"""Plain PyTorch and NumPy definitions of everything that C++ or Triton does faster."""

@@ -1,0 +1,142 @@
+"""Counter-based direction noise: Philox4x32-10 (Salmon et al. 2011) and Box–Muller.
+
+Coordinates 4b … 4b+3 of vector i come from the four words of Philox with key = seed and counter =
+(b, stream, i mod 2³², i div 2³²). Words become uniforms u = ((word >> 9) + ½)·2⁻²³, exact in
+float32, and each pair (u₀, u₁) becomes √(−2 ln u₀)·(cos 2πu₁, sin 2πu₁), in this order. So any
+slice of any vector can be made anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+# Rows times blocks made at once: bounds the memory of the int64 words.
+_BLOCKS_AT_ONCE = 1 << 20
+
+
+def philox(seed: int, stream: int, vector: int, first_block: int, n_blocks: int) -> Tensor:
+    """The random words of some coordinate blocks of one vector: int64 ``[n_blocks, 4]``."""
+    blocks = torch.arange(first_block, first_block + n_blocks, dtype=torch.int64)
+    return _words(seed, stream, torch.tensor([vector]), blocks)[0]
+
+
+def _words(seed: int, stream: int, vectors: Tensor, blocks: Tensor) -> Tensor:
+    """int64 ``[vectors, blocks, 4]``, each entry below 2³²."""
+    shape = (vectors.numel(), blocks.numel())
+    c0 = blocks.view(1, -1).expand(shape)
+    c1 = torch.full(shape, stream & _MASK, dtype=torch.int64, device=blocks.device)
+    c2 = (vectors & _MASK).view(-1, 1).expand(shape)
+    c3 = ((vectors >> 32) & _MASK).view(-1, 1).expand(shape)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 × 32 bit product, in int64 that would overflow at once."""
+    low_part = (a & 0xFFFF) * constant
+    middle = (a >> 16) * constant + (low_part >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def _standard_normals(seed: int, stream: int, vectors: Tensor, start: int, stop: int) -> Tensor:
+    """float64 ``[vectors, stop - start]``; ``start`` is a multiple of 4."""
+    blocks = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64, device=vectors.device)
+    words = _words(seed, stream, vectors, blocks)
+    uniform = ((words >> 9).to(torch.float64) + 0.5) * 2.0**-23
+    length = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
+    angle = (2.0 * math.pi) * uniform[..., 1::2]
+    pairs = torch.stack((length * torch.cos(angle), length * torch.sin(angle)), dim=-1)
+    return pairs.reshape(vectors.numel(), -1)[:, : stop - start]
+
+
+def _vectors_and_signs(
+    ids: npt.NDArray[np.int64], antithetic: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    directions = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=device)
+    if not antithetic:
+        return directions, torch.ones_like(directions, dtype=torch.float64)
+    return directions >> 1, 1.0 - 2.0 * (directions & 1).to(torch.float64)
+
+
+def normals(
+    out: Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64],
+    *,
+    antithetic: bool = False,
+    scale: Tensor | None = None,
+    project: Tensor | None = None,
+    threads: int = 1,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Writes scale · z for each direction into ``out``.
+
+    Args:
+        out: ``[k, d]``, float32 or float64, any device; overwritten.
+        seed: 64-bit key.
+        stream: which of the independent families of directions.
+        ids: direction indices ``[k]``.
+        antithetic: directions 2i and 2i+1 are ± vector i.
+        scale: ``[d]`` in the dtype of ``out``, or ``None`` for ones.
+        project: float64 ``[d]``, or ``None``.
+        threads: unused here.
+
+    Returns:
+        norm ``[k]``: ‖z‖ of z rounded to the dtype of ``out``, before the scale; dot ``[k]``:
+        ⟨z, project⟩, zeros without ``project``. Both float64, on the CPU.
+    """
+    del threads
+    vectors, signs = _vectors_and_signs(ids, antithetic, out.device)
+    k, d = out.shape
+    squared = torch.zeros(k, dtype=torch.float64, device=out.device)
+    dot = torch.zeros(k, dtype=torch.float64, device=out.device)
+    step = 4 * max(1, _BLOCKS_AT_ONCE // max(k, 1))
+    for start in range(0, d, step):
+        stop = min(start + step, d)
+        z = _standard_normals(seed, stream, vectors, start, stop) * signs[:, None]
+        z = z.to(out.dtype)
+        exact = z.to(torch.float64)
+        squared += exact.square().sum(dim=1)
+        if project is not None:
+            dot += exact @ project[start:stop]
+        out[:, start:stop] = z if scale is None else z * scale[start:stop]
+    return squared.sqrt().cpu().numpy(), dot.cpu().numpy()
+
+
+def perturb(
+    out: Tensor,
+    theta0: Tensor,
+    coefficient: npt.NDArray[np.float64],
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64],
+    *,
+    antithetic: bool = False,
+    scale: Tensor | None = None,
+    threads: int = 1,
+) -> None:
+    """Writes θ₀ + coefficient · scale · z for each direction into ``out``.
+
+    Args:
+        out: ``[k, d]``, float32 or float64; overwritten.
+        theta0: ``[d]`` in the dtype of ``out``.
+        coefficient: float64 ``[k]``.
+        seed, stream, ids, antithetic, scale, threads: as for :func:`normals`.
+    """
+    normals(out, seed, stream, ids, antithetic=antithetic, scale=scale, threads=threads)
+    out *= torch.as_tensor(coefficient, dtype=out.dtype, device=out.device)[:, None]
+    out += theta0

@@ -1,0 +1,39 @@
+"""Engines evaluate the loss on many rays at once. One file each; this list names them."""
+
+from __future__ import annotations
+
+from ..errors import NotAvailableError
+from .general import GeneralEngine, Plan, measure_plan
+from .protocol import Capabilities, Dense, Engine, Indexed, LinearOperator, Losses, RayInfo
+
+__all__ = [
+    "Capabilities",
+    "Dense",
+    "Engine",
+    "GeneralEngine",
+    "Indexed",
+    "LinearOperator",
+    "Losses",
+    "Plan",
+    "RayInfo",
+    "check_name",
+    "measure_plan",
+]
+
+_LATER = ("layered", "inplace")
+
+
+def check_name(engine: str) -> None:
+    """Refuses an ``engine=`` that this version does not have.
+
+    Raises:
+        ValueError: unknown. NotAvailableError: known by name only.
+    """
+    if engine in _LATER:
+        raise NotAvailableError(
+            f"engine={engine!r} is not part of this version; engine='auto' serves every module"
+        )
+    if engine not in ("auto", "general"):
+        raise ValueError(
+            f"engine must be one of 'auto', 'general', 'layered', 'inplace', got {engine!r}"
+        )

@@ -1,0 +1,440 @@
+"""The general engine: any module, on any device, through ``torch.func``.
+
+Rays are evaluated in chunks under ``vmap``, or one at a time where a measurement finds that no
+slower (a batch of rays falls out of cache) or where ``vmap`` cannot go.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value
+
+from .._backend import Backend
+from .._layout import ParameterLayout
+from .._objective import PREFIX, Batch, Objective, as_float
+from ..errors import FastvolError, FastvolWarning
+from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo, Rays
+
+# Rows of noise are kept from one evaluation of a ray to the next up to this size; beyond it they
+# are made anew each time, in the same pass that perturbs the parameters.
+_ROWS_BYTES = 512 << 20
+# Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
+_CHUNK_BYTES = 256 << 20
+_SINGLE_LANES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is carried out. A block's result depends on the config, this, and its index.
+
+    Args:
+        engine: the engine's name.
+        chunk: rays evaluated together under vmap; 1 is one at a time.
+        lanes: rays in flight.
+        keep_rows: whether the noise of a ray is kept between its evaluations.
+        dtype: the working dtype of the moved parameters.
+        threads: PyTorch's intra-op threads.
+        backend: who runs the loop and makes the noise.
+        block: directions per block.
+        reason: why this chunk, in words.
+    """
+
+    engine: str
+    chunk: int
+    lanes: int
+    keep_rows: bool
+    dtype: str
+    threads: int
+    backend: str
+    block: int = 1024
+    reason: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`describe` wrote.
+
+        Raises:
+            ValueError: naming ``plan``.
+        """
+        try:
+            return cls(**description)
+        except TypeError as error:
+            raise ValueError(f"plan is not the plan of a result: {error}") from error
+
+
+class GeneralEngine:
+    """``torch.func`` over any module.
+
+    Args:
+        objective: the loss over the data.
+        layout: where the moved parameters lie.
+        scale: s, float64 ``[size]`` on the CPU; 0 where a coordinate does not move.
+        plan: chunk and lanes.
+        backend: makes the noise.
+        project: float64 ``[d]``, whose product with every z is reported by :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        layout: ParameterLayout,
+        scale: Tensor,
+        plan: Plan,
+        backend: Backend,
+        project: Tensor | None = None,
+    ) -> None:
+        self._objective = objective
+        self._layout = layout
+        self._backend = backend
+        self._plan = plan
+        self.lanes = plan.lanes
+        self.capabilities = Capabilities(
+            gradients=True, dtypes=("float32", "float64"), devices=("any",)
+        )
+        device, dtype = layout.device, layout.dtype
+        self._theta0 = layout.flatten()
+        moving = scale > 0
+        self._index = None if bool(moving.all()) else moving.nonzero().flatten().to(device)
+        compact = scale if self._index is None else scale[moving]
+        self.dim = compact.numel()
+        self._scale = None if bool((compact == 1).all()) else compact.to(device, dtype)
+        self._project = None if project is None else project.to(device)
+        self._keep_rows = plan.keep_rows or self._index is not None
+        shape = (plan.lanes, self.dim)
+        self._rows = torch.empty(shape, device=device, dtype=dtype) if self._keep_rows else None
+        # θ = θ* + (radius · factor) · row
+        self._factor = np.ones(plan.lanes)
+        self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
+        self._theta = torch.empty((plan.chunk, layout.size), device=device, dtype=dtype)
+        # With one dtype the named views follow the buffer, so they are made once.
+        self._views = (
+            layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
+        )
+        self._vmapped = torch.func.vmap(self._one, in_dims=(0, None), randomness="error")
+
+    def load(self, lanes: Int, rays: Rays) -> RayInfo:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        if isinstance(rays, Dense):
+            return self._load_dense(lanes, rays)
+        count = len(lanes)
+        options: dict[str, Any] = {
+            "antithetic": rays.antithetic,
+            "project": self._project,
+            "threads": self._plan.threads,
+        }
+        for position, lane in enumerate(lanes):
+            self._rays[lane] = (rays, position)
+        if self._rows is None and rays.preconditioner is None:
+            scratch = torch.empty((1, self.dim), device=self._theta0.device, dtype=self._theta0.dtype)
+            norm, dot = np.empty(count), np.empty(count)
+            for i in range(count):
+                norm[i : i + 1], dot[i : i + 1] = self._backend.normals(
+                    scratch, rays.seed, rays.stream, rays.ids[i : i + 1], **options
+                )
+        else:
+            rows = self._rows_for_writing()
+            contiguous = count > 0 and int(lanes[-1]) - int(lanes[0]) == count - 1
+            target = (
+                rows[int(lanes[0]) : int(lanes[-1]) + 1]
+                if contiguous
+                else torch.empty((count, self.dim), device=rows.device, dtype=rows.dtype)
+            )
+            plain = rays.preconditioner is None
+            norm, dot = self._backend.normals(
+                target,
+                rays.seed,
+                rays.stream,
+                rays.ids,
+                scale=self._scale if plain else None,
+                **options,
+            )
+            if rays.preconditioner is not None:
+                target.copy_(self._scaled(rays.preconditioner.matvec(target)))
+            if not contiguous:
+                rows[torch.from_numpy(lanes).to(rows.device)] = target
+        self._factor[lanes] = 1.0 / norm
+        return RayInfo(norm, dot)
+
+    def _load_dense(self, lanes: Int, rays: Dense) -> RayInfo:
+        directions = rays.directions.to(self._theta0)
+        if directions.shape != (len(lanes), self.dim):
+            raise ValueError(
+                f"directions must have shape {(len(lanes), self.dim)}, got "
+                f"{tuple(directions.shape)}"
+            )
+        exact = directions.to(torch.float64)
+        norm = exact.norm(dim=1).cpu().numpy()
+        dot = np.zeros(len(lanes))
+        if self._project is not None:
+            dot = (exact @ self._project).cpu().numpy()
+        if rays.preconditioner is not None:
+            directions = rays.preconditioner.matvec(directions)
+        self._rows_for_writing()[torch.from_numpy(lanes).to(directions.device)] = self._scaled(
+            directions
+        )
+        for lane in lanes:
+            self._rays[lane] = None
+        self._factor[lanes] = 1.0
+        return RayInfo(norm, dot)
+
+    def _rows_for_writing(self) -> Tensor:
+        if self._rows is None:
+            # Rows that cannot be made again from a counter have to be kept, whatever their size.
+            self._rows = torch.empty(
+                (self.lanes, self.dim), device=self._theta0.device, dtype=self._theta0.dtype
+            )
+        return self._rows
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self._scale is None else rows * self._scale
+
+    def loss(self, radii: Float, lanes: Int | None = None) -> Losses:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        lanes = np.arange(self.lanes) if lanes is None else lanes
+        chunk = self._plan.chunk
+        total, weight = np.zeros(len(lanes)), 0.0
+        with torch.no_grad():
+            if self._objective.in_memory:
+                for start in range(0, len(lanes), chunk):
+                    part = slice(start, start + chunk)
+                    self._perturb(radii[part], lanes[part])
+                    weight = 0.0
+                    for batch in self._objective.batches():
+                        weight += batch.weight
+                        total[part] += batch.weight * self._evaluate(batch, len(lanes[part]))
+            else:
+                # A batch that has to be read is read once for all rays.
+                for batch in self._objective.batches():
+                    weight += batch.weight
+                    for start in range(0, len(lanes), chunk):
+                        part = slice(start, start + chunk)
+                        self._perturb(radii[part], lanes[part])
+                        total[part] += batch.weight * self._evaluate(batch, len(lanes[part]))
+        return Losses(total / weight)
+
+    def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        lanes = np.arange(self.lanes) if lanes is None else lanes
+        chunk = self._plan.chunk
+        total, weight = np.zeros(len(lanes)), 0.0
+        gradients = torch.zeros(
+            (len(lanes), self.dim), device=self._theta0.device, dtype=self._theta0.dtype
+        )
+        for start in range(0, len(lanes), chunk):
+            part = slice(start, start + chunk)
+            self._perturb(radii[part], lanes[part])
+            weight = 0.0
+            for batch in self._objective.batches():
+                weight += batch.weight
+                values, slopes = self._evaluate_with_grad(batch, len(lanes[part]))
+                total[part] += batch.weight * values
+                if self._index is not None:
+                    slopes = slopes[:, self._index]
+                gradients[part] += batch.weight * self._scaled(slopes)
+        return total / weight, gradients / weight
+
+    def _perturb(self, radii: Float, lanes: Int) -> None:
+        """Writes θ for each lane into the first rows of the buffer."""
+        coefficient = radii * self._factor[lanes]
+        count = len(lanes)
+        if self._rows is None:
+            for slot, (lane, c) in enumerate(zip(lanes, coefficient, strict=True)):
+                loaded = self._rays[lane]
+                assert loaded is not None
+                rays, position = loaded
+                self._backend.perturb(
+                    self._theta[slot : slot + 1],
+                    self._theta0,
+                    np.array([c]),
+                    rays.seed,
+                    rays.stream,
+                    rays.ids[position : position + 1],
+                    antithetic=rays.antithetic,
+                    scale=self._scale,
+                    threads=self._plan.threads,
+                )
+            return
+        theta = self._theta[:count]
+        if self._index is not None:
+            theta.copy_(self._theta0.expand_as(theta))
+            c = torch.as_tensor(coefficient, device=theta.device, dtype=theta.dtype)
+            theta[:, self._index] += c[:, None] * self._rows[torch.from_numpy(lanes)]
+        elif count == 1:
+            lane = int(lanes[0])
+            torch.add(self._theta0, self._rows[lane], alpha=float(coefficient[0]), out=theta[0])
+        else:
+            rows = self._rows
+            if int(lanes[-1]) - int(lanes[0]) == count - 1:
+                picked = rows[int(lanes[0]) : int(lanes[-1]) + 1]
+            else:
+                picked = rows[torch.from_numpy(lanes).to(rows.device)]
+            c = torch.as_tensor(coefficient, device=theta.device, dtype=theta.dtype)
+            torch.addcmul(self._theta0, picked, c[:, None], out=theta)
+
+    def _one(self, parameters: dict[str, Tensor], batch: Batch) -> Any:
+        return functional_call(
+            self._objective.module, parameters, (batch.args, batch.kwargs, batch.target)
+        )
+
+    def _evaluate(self, batch: Batch, count: int) -> Float:
+        if self._plan.chunk == 1:
+            views = self._views or self._layout.unflatten(self._theta[0], PREFIX)
+            return np.array([as_float(self._objective.call(views, batch))])
+        views = self._layout.unflatten(self._theta[:count], PREFIX)
+        try:
+            values = self._vmapped(views, _Opaque(batch))
+        except FastvolError:
+            raise
+        except Exception as error:
+            raise FastvolError(
+                f"loss_fn (or the model inside it) raised {type(error).__name__}: {error}"
+            ) from error
+        return _as_floats(values, count)
+
+    def _evaluate_with_grad(self, batch: Batch, count: int) -> tuple[Float, Tensor]:
+        layout = self._layout
+        if self._plan.chunk == 1:
+            theta = self._theta[0].clone().requires_grad_()
+            with torch.enable_grad():
+                value = self._objective.call(layout.unflatten(theta, PREFIX), batch)
+                (slope,) = torch.autograd.grad(value, theta)
+            return np.array([as_float(value)]), slope[None]
+
+        def flat_loss(theta: Tensor) -> Tensor:
+            value: Tensor = self._one(layout.unflatten(theta, PREFIX), batch)
+            return value
+
+        slopes, values = torch.func.vmap(grad_and_value(flat_loss), randomness="error")(
+            self._theta[:count]
+        )
+        return _as_floats(values, count), slopes
+
+
+class _Opaque:
+    """A batch that ``vmap`` carries without looking inside: its tensors are shared by all rays."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.args, self.kwargs, self.target = batch.args, batch.kwargs, batch.target
+
+
+def _as_floats(values: Any, count: int) -> Float:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"loss_fn must return a tensor under vmap, got {type(values).__name__}")
+    if values.numel() != count:
+        raise ValueError(
+            f"loss_fn must return a scalar, got a tensor of shape {tuple(values.shape[1:])}; "
+            "reduce it with .mean()"
+        )
+    result: Float = values.detach().reshape(count).to("cpu", torch.float64).numpy()
+    return result
+
+
+def measure_plan(
+    objective: Objective,
+    layout: ParameterLayout,
+    scale: Tensor,
+    backend: Backend,
+    *,
+    lanes: int | None,
+    block: int,
+    radius: float,
+) -> tuple[Plan, float, str | None]:
+    """Chooses chunk and lanes by timing the loss on a few rays at radius ``radius``.
+
+    Returns:
+        The plan, the seconds that one ray's loss took, and why vmap was not possible, if so.
+    """
+    threads = torch.get_num_threads()
+    bytes_per_ray = layout.size * torch.finfo(layout.dtype).bits // 8
+
+    def engine_for(chunk: int, lane_count: int) -> GeneralEngine:
+        return GeneralEngine(objective, layout, scale, plan_for(chunk, lane_count, ""), backend)
+
+    def plan_for(chunk: int, lane_count: int, reason: str) -> Plan:
+        return Plan(
+            engine="general",
+            chunk=chunk,
+            lanes=lane_count,
+            keep_rows=lane_count * bytes_per_ray <= _ROWS_BYTES,
+            dtype=str(layout.dtype).removeprefix("torch."),
+            threads=threads,
+            backend=backend.name,
+            block=block,
+            reason=reason,
+        )
+
+    def seconds_per_ray(chunk: int) -> tuple[float, Float]:
+        engine = engine_for(chunk, chunk)
+        ids = np.arange(chunk)
+        engine.load(ids, Indexed(0, ids, stream=_PROBE_STREAM))
+        radii = np.full(chunk, radius)
+        values = engine.loss(radii).values
+        best = float("inf")
+        spent = 0.0
+        for _ in range(5):
+            began = time.perf_counter()
+            values = engine.loss(radii).values
+            elapsed = time.perf_counter() - began
+            best, spent = min(best, elapsed), spent + elapsed
+            if spent > 0.05:
+                break
+        return best / chunk, values
+
+    most = max(1, min(block, _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)))
+    if lanes is not None:
+        most = min(most, lanes)
+    single, reference = seconds_per_ray(1)
+    best_chunk, best_seconds, trouble = 1, single, None
+    chunk, deadline = 2, time.perf_counter() + max(0.3, 4 * single)
+    worse = 0
+    while chunk <= most and time.perf_counter() < deadline:
+        try:
+            seconds, values = seconds_per_ray(chunk)
+        except (FastvolError, TypeError, ValueError, RuntimeError) as error:
+            trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+            break
+        if not _agree(values[0], reference[0], layout.dtype):
+            trouble = f"vmap gave a loss of {values[0]} where one ray alone gave {reference[0]}"
+            best_chunk, best_seconds = 1, single
+            break
+        if seconds < 0.95 * best_seconds:
+            best_chunk, best_seconds, worse = chunk, seconds, 0
+        else:
+            worse += 1
+            if worse == 2:
+                break
+        chunk *= 2
+    if trouble is not None and best_chunk == 1:
+        warnings.warn(
+            f"vmap cannot run this model and loss; rays are evaluated one at a time ({trouble})",
+            FastvolWarning,
+            stacklevel=4,
+        )
+        reason = f"vmap: {trouble}"
+    else:
+        reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
+    lane_count = lanes or max(best_chunk, _SINGLE_LANES)
+    plan = plan_for(min(best_chunk, lane_count), lane_count, reason)
+    return plan, best_seconds, trouble
+
+
+_PROBE_STREAM = 2
+
+
+def _agree(a: float, b: float, dtype: torch.dtype) -> bool:
+    if not (np.isfinite(a) and np.isfinite(b)):
+        return bool(np.isfinite(a) == np.isfinite(b))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-6)
