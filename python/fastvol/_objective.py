@@ -120,24 +120,14 @@ class Objective:
         for index, item in enumerate(self._stream):
             yield self._batch(item, index)
 
-    def evaluate(self, parameters: Mapping[str, Tensor] | None = None) -> float:
-        """The loss at one point, accumulated in float64.
+    def call(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
+        """What the user's loss returns for one batch; its exceptions are named after it.
 
         Args:
-            parameters: values by name, :data:`PREFIX` included; ``None`` for the model as it stands.
+            parameters: values by name, :data:`PREFIX` included.
+            batch: one of :meth:`batches`.
         """
-        total, weight = 0.0, 0.0
-        with torch.no_grad():
-            for batch in self.batches():
-                total += batch.weight * as_float(self.call(parameters, batch))
-                weight += batch.weight
-        return total / weight if weight else float("nan")
-
-    def call(self, parameters: Mapping[str, Tensor] | None, batch: Batch) -> Any:
-        """What the user's loss returns for one batch; its exceptions are named after it."""
         try:
-            if parameters is None:
-                return self.module(batch.args, batch.kwargs, batch.target)
             return functional_call(
                 self.module, dict(parameters), (batch.args, batch.kwargs, batch.target)
             )
@@ -148,17 +138,19 @@ class Objective:
                 f"loss_fn (or the model inside it) raised {type(error).__name__}: {error}"
             ) from error
 
-    def prepare(self) -> float:
+    def prepare(self, parameters: Mapping[str, Tensor]) -> float:
         """Evaluates the loss at θ* twice and returns it.
+
+        Args:
+            parameters: copies of the parameters at θ*, so that nothing can write to the model's.
 
         Raises:
             ValueError, TypeError: the loss is not a finite scalar, or the two calls differ.
         """
-        first, first_prints = self._inspect()
         if hasattr(self._loss_fn, "reference_target"):
             self._keep_reference_targets()
-            first, first_prints = self._inspect()
-        second, second_prints = self._inspect()
+        first, first_prints = self._inspect(parameters)
+        second, second_prints = self._inspect(parameters)
         if first != first:
             raise ValueError("loss_fn is NaN at the model's parameters; there is no minimum here")
         if first in (float("inf"), float("-inf")):
@@ -177,12 +169,12 @@ class Objective:
             )
         return first
 
-    def _inspect(self) -> tuple[float, list[Any]]:
+    def _inspect(self, parameters: Mapping[str, Tensor]) -> tuple[float, list[Any]]:
         prints = []
         total, weight = 0.0, 0.0
         with torch.no_grad():
             for batch in self.batches():
-                value = self.call(None, batch)
+                value = self.call(parameters, batch)
                 total += batch.weight * as_float(value)
                 weight += batch.weight
                 self._largest_batch = max(self._largest_batch, _bytes((batch.args, batch.kwargs)))

@@ -350,8 +350,16 @@ def measure_plan(
     lanes: int | None,
     block: int,
     radius: float,
+    rays: int,
 ) -> tuple[Plan, float, str | None]:
     """Chooses chunk and lanes by timing the loss on a few rays at radius ``radius``.
+
+    Args:
+        objective, layout, scale, backend: as for :class:`GeneralEngine`.
+        lanes: rays in flight, if the caller fixed them.
+        block: directions per block, the most lanes there can be.
+        radius: where to evaluate.
+        rays: how many rays the run has: a short run is not measured for longer than it lasts.
 
     Returns:
         The plan, the seconds that one ray's loss took, and why vmap was not possible, if so.
@@ -392,7 +400,7 @@ def measure_plan(
                 break
         return best / chunk, values
 
-    most = max(1, min(block, _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)))
+    most = max(1, min(block, rays, _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)))
     if lanes is not None:
         most = min(most, lanes)
     single, reference = seconds_per_ray(1)

@@ -1,0 +1,38 @@
+"""fastvol: how large is the minimum that training found?
+
+``fastvol.estimate(model, loss_fn, n=1e6)`` measures the volume of the basin around a trained
+network's parameters, and says how far the number can be trusted.
+"""
+
+from __future__ import annotations
+
+from . import losses
+from ._comparison import Comparison, compare
+from ._estimate import estimate
+from ._problem import Progress
+from ._profile import Profile
+from ._version import __version__
+from .errors import FastvolError, FastvolWarning, NotAvailableError
+from .measures import Gaussian, Lebesgue
+from .metrics import FilterMetric
+from .result import VolumeEstimate
+
+load = VolumeEstimate.load
+
+__all__ = [
+    "Comparison",
+    "FastvolError",
+    "FastvolWarning",
+    "FilterMetric",
+    "Gaussian",
+    "Lebesgue",
+    "NotAvailableError",
+    "Profile",
+    "Progress",
+    "VolumeEstimate",
+    "__version__",
+    "compare",
+    "estimate",
+    "load",
+    "losses",
+]

@@ -1,0 +1,437 @@
+"""``fastvol.estimate``: checks a call, chooses how to carry it out, and runs the method."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import _backend, engines, methods
+from ._layout import ParameterLayout, ParameterSelector
+from ._objective import PREFIX, Objective
+from ._problem import Problem, Progress
+from ._state import preserved, unwrap
+from .engines import Plan, measure_plan
+from .errors import NotAvailableError
+from .measures import Gaussian, Lebesgue
+from .metrics import Metric, metric_scale
+from .result import VolumeEstimate
+
+_BLOCK = 1024
+# Told from a caller's own 0.1 by identity, so that threshold= and increase= together are an error.
+_DEFAULT_INCREASE: float = 0.1
+_DEFAULT_MEASURE = Lebesgue()
+
+
+@overload
+def estimate(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    n: float = ...,
+    *,
+    threshold: float | None = ...,
+    increase: float = ...,
+    **options: Any,
+) -> VolumeEstimate: ...
+
+
+@overload
+def estimate(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    n: float = ...,
+    *,
+    threshold: Sequence[float] | None = ...,
+    increase: float | Sequence[float] = ...,
+    **options: Any,
+) -> list[VolumeEstimate]: ...
+
+
+def estimate(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    n: float = 1e6,
+    *,
+    data: Any = None,
+    threshold: float | Sequence[float] | None = None,
+    increase: float | Sequence[float] = _DEFAULT_INCREASE,
+    metric: Metric = "euclidean",
+    measure: Lebesgue | Gaussian = _DEFAULT_MEASURE,
+    method: str = "auto",
+    preconditioner: Any = "auto",
+    parameters: ParameterSelector = None,
+    rtol: float | Literal["auto"] = "auto",
+    seed: int = 0,
+    replicates: int = 2,
+    antithetic: bool | Literal["auto"] = "auto",
+    noise: str = "full",
+    first_crossing: bool = False,
+    engine: str = "auto",
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    lanes: int | Literal["auto"] = "auto",
+    plan: Mapping[str, Any] | None = None,
+    checkpoint: Any = None,
+    on_interrupt: str = "raise",
+    progress: bool = True,
+    callbacks: Iterable[Callable[[Progress], Any]] = (),
+) -> VolumeEstimate | list[VolumeEstimate]:
+    r"""Log volume (nats) of the basin around a model's parameters θ*.
+
+    The star basin is the set of points θ* + t·u that are reached from θ* before the loss L first
+    exceeds the threshold τ. With r(u) the radius along a uniformly drawn unit direction u, in metric
+    coordinates,
+
+    .. math:: \log V = \log V_d(1) + \log E[r(u)^d],
+
+    and under a normal law the mean of its radial integrals (see :class:`Gaussian`). The estimate is
+    unbiased before the logarithm, but in many dimensions nearly all of E[r^d] is carried by
+    directions that are never drawn: where ``result.reliable`` is false the number is a lower bound,
+    and ``result.profile()`` tells the volume up to the radius where it can be trusted.
+
+    Args:
+        model: the trained module. It is evaluated in ``eval()`` mode; its parameters, buffers, mode
+            and gradients, and the global random state, are as they were afterwards, also after an
+            exception. ``torch.compile`` and DDP wrappers are looked through.
+        loss_fn: ``loss_fn(model) -> scalar`` without ``data``; with it
+            ``loss_fn(output, target) -> scalar``, the mean over the batch.
+        n: number of directions, a whole number (``1e6`` is one).
+        data: ``(inputs, targets)``, or an iterable of such batches that can be read again and
+            again in the same order. ``inputs`` may be a tensor, a tuple of arguments, or a dict of
+            keyword arguments. Batches are weighted by examples, or by tokens where PyTorch's own
+            classification losses ignore some, and moved to the model's device.
+        threshold: τ, the same units as the loss; a sequence gives one result each, from the same
+            directions.
+        increase: τ − L(θ*), where ``threshold`` is not given; or a sequence.
+        metric: coordinates in which length and volume are measured: ``"euclidean"``, ``"filter"``,
+            a :class:`FilterMetric`, or positive scales (a mapping by parameter name, or a tensor).
+        measure: :class:`Lebesgue` or :class:`Gaussian`.
+        method: ``"auto"`` or ``"radial"``.
+        preconditioner: ``"auto"`` or ``None``.
+        parameters: which parameters move: names, shell-style patterns, or a predicate
+            ``(name, parameter) -> bool``. All that require gradients by default.
+        rtol: relative tolerance of a radius; ``"auto"`` lets a pilot of 32 directions choose, so
+            that it costs at most 0.02 nats or what the loss's rounding allows.
+        seed: which directions; 0 ≤ seed < 2⁶⁴.
+        replicates: independent repeats, for methods that need them.
+        antithetic: whether directions 2i and 2i+1 are ± one vector. ``"auto"`` is ``False``.
+        noise: ``"full"``.
+        first_crossing: scan every ray for a crossing before the one found, instead of the rays that
+            carry the weight and a few at random.
+        engine: ``"auto"`` or ``"general"``.
+        backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        device: must be the model's own, if given.
+        lanes: rays in flight; measured by default.
+        plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
+        checkpoint, on_interrupt: not part of this version beyond ``None`` and ``"raise"``.
+        progress: show a progress bar on a terminal.
+        callbacks: each is called with a :class:`Progress` after every block of 1,024 directions.
+
+    Returns:
+        A :class:`VolumeEstimate`; a list of them for a sequence of thresholds or increases.
+
+    Raises:
+        TypeError, ValueError: an argument, named in the message, is not usable: also a loss at θ*
+            that is not finite, exceeds the threshold, or differs between two calls.
+        FastvolError: the loss raised, or an argument is of a later version
+            (:class:`NotAvailableError`).
+
+    Example:
+        >>> import torch, fastvol
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> loss = lambda m: sum((p - 1).square().sum() for p in m.parameters())
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> result = fastvol.estimate(model, loss, n=1000, threshold=1.0)
+        >>> round(result.log_volume, 4)  # a disc of radius 1: log(pi)
+        1.1447
+    """
+    began = time.perf_counter()
+    run_method = methods.get(_string(method, "method"))
+    _refuse_later(preconditioner, noise, checkpoint, on_interrupt)
+    engines.check_name(_string(engine, "engine"))
+    chosen_backend = _backend.select(_string(backend, "backend"))
+    count = _whole(n, "n", least=1)
+    seed = _whole(seed, "seed", least=0, below=2**64)
+    _whole(replicates, "replicates", least=1)
+    tolerance = None if _is_auto(rtol) else _positive(rtol, "rtol", most=0.5)
+    lane_count = None if _is_auto(lanes) else _whole(lanes, "lanes", least=1)
+    paired = False if _is_auto(antithetic) else _boolean(antithetic, "antithetic")
+    first_crossing = _boolean(first_crossing, "first_crossing")
+    progress = _boolean(progress, "progress")
+    calls = _callables(callbacks)
+    if not isinstance(measure, (Lebesgue, Gaussian)):
+        raise TypeError(
+            f"measure must be fastvol.Lebesgue or fastvol.Gaussian, got {type(measure).__name__}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+    inner = unwrap(model)
+    layout = ParameterLayout(inner, parameters)
+    if layout.size > 2**34:
+        raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
+    _check_device(device, layout.device)
+    theta = layout.flatten()
+    scale, metric_name = metric_scale(metric, layout, theta)
+    if isinstance(measure, Gaussian):
+        layout.expand(measure.std, "std")
+
+    with preserved(inner), _threads(plan):
+        objective = Objective(inner, loss_fn, data, layout.device)
+        loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
+        thresholds, single = _thresholds(threshold, increase, loss0)
+        problem = Problem(
+            objective=objective,
+            layout=layout,
+            measure=measure,
+            metric_scale=scale,
+            loss0=loss0,
+            thresholds=thresholds,
+            n=count,
+            seed=seed,
+            antithetic=paired,
+            rtol=tolerance,
+            first_crossing=first_crossing,
+            plan=_NO_PLAN,
+            backend=chosen_backend,
+            config=_config(
+                layout, theta, scale, metric_name, measure, loss0, count, seed, paired, tolerance,
+                first_crossing,
+            ),
+            provenance={},
+            progress=progress,
+            callbacks=calls,
+            began=began,
+        )
+        chosen, fell_back = _choose_plan(problem, plan, lane_count)
+        problem = _with_plan(problem, chosen, fell_back)
+        results = run_method(problem)
+    return results[0] if single else results
+
+
+_NO_PLAN = Plan("general", 1, 1, True, "float32", 1, "torch")
+
+
+def _choose_plan(
+    problem: Problem, plan: Mapping[str, Any] | None, lanes: int | None
+) -> tuple[Plan, str | None]:
+    if plan is not None:
+        if not isinstance(plan, Mapping):
+            raise TypeError(f"plan must be the plan of a result, got {type(plan).__name__}")
+        chosen = Plan.from_description(plan)
+        if chosen.backend != problem.backend.name:
+            raise ValueError(
+                f"plan was made with backend={chosen.backend!r}, this run has "
+                f"{problem.backend.name!r}"
+            )
+        return chosen, None
+    chosen, _, trouble = measure_plan(
+        problem.objective,
+        problem.layout,
+        problem.ray_scale,
+        problem.backend,
+        lanes=lanes,
+        block=_BLOCK,
+        radius=0.1 * problem.typical_radius,
+        rays=problem.n,
+    )
+    return chosen, trouble
+
+
+def _with_plan(problem: Problem, plan: Plan, fell_back: str | None) -> Problem:
+    from dataclasses import replace
+
+    from ._version import __version__
+
+    provenance = {
+        "fastvol": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(problem.layout.device),
+        "engine": plan.engine,
+        "backend": plan.backend,
+        "fell_back": [] if fell_back is None else [f"vmap: {fell_back}"],
+    }
+    return replace(problem, plan=plan, provenance=provenance)
+
+
+def _config(
+    layout: ParameterLayout,
+    theta: Tensor,
+    scale: Tensor,
+    metric: Any,
+    measure: Lebesgue | Gaussian,
+    loss0: float,
+    n: int,
+    seed: int,
+    antithetic: bool,
+    rtol: float | None,
+    first_crossing: bool,
+) -> dict[str, Any]:
+    digest = hashlib.sha256(theta.cpu().numpy().tobytes())
+    digest.update(scale.numpy().tobytes())
+    return {
+        "layout": layout.describe(),
+        "point_sha256": digest.hexdigest(),
+        "metric": metric,
+        "measure": measure.describe(),
+        "loss0": loss0,
+        "n": n,
+        "seed": seed,
+        "antithetic": antithetic,
+        "noise": "full",
+        "rtol": rtol,
+        "first_crossing": first_crossing,
+    }
+
+
+class _threads:
+    """PyTorch's thread count as a given plan asks, and as it was afterwards."""
+
+    def __init__(self, plan: Mapping[str, Any] | None) -> None:
+        self._wanted = plan.get("threads") if isinstance(plan, Mapping) else None
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        if isinstance(self._wanted, int) and self._wanted != self._before:
+            torch.set_num_threads(self._wanted)
+
+    def __exit__(self, *exception: object) -> None:
+        if torch.get_num_threads() != self._before:
+            torch.set_num_threads(self._before)
+
+
+def _thresholds(threshold: Any, increase: Any, loss0: float) -> tuple[tuple[float, ...], bool]:
+    """The absolute thresholds, and whether one was asked for rather than a sequence."""
+    if threshold is not None and increase is not _DEFAULT_INCREASE:
+        raise ValueError("threshold and increase exclude each other; give one of them")
+    given, name = (threshold, "threshold") if threshold is not None else (increase, "increase")
+    values, single = _numbers(given, name)
+    if name == "increase":
+        if any(value <= 0 for value in values):
+            raise ValueError(f"increase must be positive, got {given}")
+        values = [loss0 + value for value in values]
+        if any(value <= loss0 for value in values):
+            raise ValueError(
+                f"increase {given} vanishes beside the loss at the model's parameters, {loss0}"
+            )
+    for value in values:
+        if value < loss0:
+            raise ValueError(
+                f"threshold {value} is below the loss at the model's parameters, {loss0}: they do "
+                "not lie in the basin"
+            )
+    return tuple(values), single
+
+
+def _numbers(value: Any, name: str) -> tuple[list[float], bool]:
+    single = isinstance(value, (numbers.Real, Tensor, np.ndarray)) and np.ndim(value) == 0
+    entries: list[Any] = [value] if single else []
+    if not single:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be a number or a sequence, got {type(value).__name__}")
+        entries = list(value)
+        if not entries:
+            raise ValueError(f"{name} is an empty sequence")
+    result = []
+    for entry in entries:
+        if isinstance(entry, (bool, np.bool_, str, bytes)):
+            raise TypeError(f"{name} must be numbers, got {entry!r}")
+        try:
+            number = float(entry)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be numbers, got {type(entry).__name__}") from error
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
+        result.append(number)
+    return result, single
+
+
+def _refuse_later(preconditioner: Any, noise: Any, checkpoint: Any, on_interrupt: Any) -> None:
+    if preconditioner is not None and not _is_auto(preconditioner):
+        raise NotAvailableError(
+            "preconditioner= belongs to method='preconditioned', which is not part of this version"
+        )
+    if noise == "rowspace":
+        raise NotAvailableError("noise='rowspace' is not part of this version; use noise='full'")
+    if noise != "full":
+        raise ValueError(f"noise must be 'full' or 'rowspace', got {noise!r}")
+    if checkpoint is not None:
+        raise NotAvailableError(
+            "checkpoint= is not part of this version; save the result with result.save(path)"
+        )
+    if on_interrupt == "return":
+        raise NotAvailableError("on_interrupt='return' is not part of this version")
+    if on_interrupt != "raise":
+        raise ValueError(f"on_interrupt must be 'raise' or 'return', got {on_interrupt!r}")
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    return value
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    whole = int(value)
+    if whole < least or (below is not None and whole >= below):
+        bound = f"at least {least}" + ("" if below is None else f" and below {below}")
+        raise ValueError(f"{name} must be {bound}, got {whole}")
+    return whole
+
+
+def _positive(value: Any, name: str, *, most: float) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be 'auto' or a number, got {value!r}")
+    number = float(value)
+    if not 1e-15 <= number <= most:
+        raise ValueError(f"{name} must lie between 1e-15 and {most}, got {number}")
+    return number
+
+
+def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise TypeError("callbacks must be a sequence of callables")
+    result = tuple(callbacks)
+    for callback in result:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be callable, got {type(callback).__name__}")
+    return result
+
+
+def _check_device(device: Any, own: torch.device) -> None:
+    if device is None:
+        return
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is not a device: {error}") from error
+    if wanted.type != own.type or wanted.index not in (None, own.index or 0):
+        raise ValueError(
+            f"device is {wanted} but the model stands on {own}; move it there first, with its data: "
+            f"model.to({str(wanted)!r})"
+        )

@@ -1,0 +1,133 @@
+"""A checked call: what every method is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ._backend import Backend
+from ._layout import ParameterLayout
+from ._objective import Objective
+from .engines import GeneralEngine, Plan
+from .measures import Gaussian, Lebesgue
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback of :func:`fastvol.estimate` is told after each block of directions.
+
+    Args:
+        n_done, n: directions settled, and asked for.
+        threshold: the threshold that is being worked on.
+        log_radii: of the directions settled so far, float64 ``[n_done]``.
+        seconds: since the run began.
+    """
+
+    n_done: int
+    n: int
+    threshold: float
+    log_radii: npt.NDArray[np.float64]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of :func:`fastvol.estimate`, validated.
+
+    Args:
+        objective: the loss over the data.
+        layout: the moved parameters.
+        measure: how space is weighted.
+        metric_scale: s of the metric, float64 ``[size]`` on the CPU; 0 where nothing moves.
+        loss0: L(θ*).
+        thresholds: τ, one per result.
+        n: directions.
+        seed, antithetic: what direction i is.
+        rtol: the relative tolerance of a radius, or ``None`` to let the pilot choose.
+        first_crossing: whether every ray is scanned for an earlier crossing.
+        plan: how the run is carried out.
+        backend: who computes.
+        config: JSON-ready, everything above that the numbers depend on.
+        provenance: JSON-ready, where and with what it ran.
+        progress: whether to show a progress bar.
+        callbacks: called with a :class:`Progress` after each block.
+        began: ``time.perf_counter()`` at the start of the call.
+    """
+
+    objective: Objective
+    layout: ParameterLayout
+    measure: Lebesgue | Gaussian
+    metric_scale: Tensor
+    loss0: float
+    thresholds: tuple[float, ...]
+    n: int
+    seed: int
+    antithetic: bool
+    rtol: float | None
+    first_crossing: bool
+    plan: Plan
+    backend: Backend
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    progress: bool
+    callbacks: Sequence[Callable[[Progress], Any]]
+    began: float
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def ray_scale(self) -> Tensor:
+        """The coordinates in which rays are isotropic: the metric's, or the normal law's own."""
+        if isinstance(self.measure, Gaussian):
+            if "std" not in self._cache:
+                self._cache["std"] = self.layout.expand(self.measure.std, "std")
+            std: Tensor = self._cache["std"]
+            return std
+        return self.metric_scale
+
+    @property
+    def dim(self) -> int:
+        """d: coordinates that move."""
+        return int((self.ray_scale > 0).sum())
+
+    @property
+    def offset(self) -> Tensor | None:
+        """μ = (centre − θ*) / std for a normal law centred at the origin, else ``None``."""
+        if isinstance(self.measure, Gaussian) and self.measure.center == "origin":
+            return -self.layout.flatten().to("cpu", torch.float64) / self.ray_scale
+        return None
+
+    @property
+    def typical_radius(self) -> float:
+        """A radius to start from when nothing is known: a tenth of the parameters' own length."""
+        moving = self.ray_scale > 0
+        theta = self.layout.flatten().to("cpu", torch.float64)[moving]
+        length = float((theta / self.ray_scale[moving]).norm())
+        return 0.1 * (length if length > 0 and math.isfinite(length) else math.sqrt(self.dim))
+
+    def engine(self) -> GeneralEngine:
+        """A new engine over this problem's rays."""
+        return GeneralEngine(
+            self.objective, self.layout, self.ray_scale, self.plan, self.backend, self.offset
+        )
+
+    @contextmanager
+    def bar(self) -> Iterator[Any]:
+        """A progress bar over directions times thresholds; silent where output is not a terminal."""
+        from tqdm.auto import tqdm
+
+        with tqdm(
+            total=self.n * len(self.thresholds),
+            unit="direction",
+            unit_scale=True,
+            # None: shown on a terminal only.
+            disable=None if self.progress else True,
+        ) as bar:
+            yield bar

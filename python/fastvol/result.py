@@ -1,0 +1,566 @@
+"""The result of a run: what was measured, how far it can be trusted, and every radius."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._backend import formulas
+from ._profile import Profile, gaussian_profile, lebesgue_profile, reliable_radius
+from ._statistics import Summary, interval, lower_bound, summarise
+from .errors import FastvolError
+from .measures import Gaussian, Lebesgue, measure_from
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Float = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+
+FORMAT_VERSION = 1
+
+# Config entries that may differ between results that are combined: other directions of one question.
+_FREE_CONFIG = ("seed", "n", "pilot")
+_STATUS_NAMES = ("converged", "unbounded", "nonfinite", "failed")
+
+
+@dataclass
+class Rays:
+    """One entry per direction, filled in while a run goes on.
+
+    Args:
+        log_radii: float64 ``[n]``.
+        status: uint8 ``[n]``: 0 converged, 1 unbounded, 2 bounded by a non-finite loss, 3 failed.
+        shift: float64 ``[n]``: ⟨z, μ⟩/‖z‖ for a law with offset μ, else 0.
+        audited: scanned for an earlier crossing.
+        sampled: audited by chance, not for its weight.
+        reentrant: an earlier crossing was found.
+        reentrant_error: share of the weight that unaudited rays may carry too much.
+    """
+
+    log_radii: Float
+    status: npt.NDArray[np.uint8]
+    shift: Float
+    audited: Bool
+    sampled: Bool
+    reentrant: Bool
+    reentrant_error: float = 0.0
+
+    @classmethod
+    def empty(cls, n: int) -> Rays:
+        """Room for ``n`` directions."""
+        flags = [np.zeros(n, dtype=np.bool_) for _ in range(3)]
+        return cls(np.zeros(n), np.zeros(n, dtype=np.uint8), np.zeros(n), *flags)
+
+    @property
+    def n(self) -> int:
+        """Directions."""
+        return len(self.log_radii)
+
+    @classmethod
+    def join(cls, a: Rays, b: Rays) -> Rays:
+        """The directions of ``a``, then those of ``b``."""
+        arrays = [
+            np.concatenate([getattr(a, name), getattr(b, name)])
+            for name in ("log_radii", "status", "shift", "audited", "sampled", "reentrant")
+        ]
+        error = (a.n * a.reentrant_error + b.n * b.reentrant_error) / (a.n + b.n)
+        return cls(*arrays, reentrant_error=error)
+
+
+def log_weights(
+    measure: Lebesgue | Gaussian, dim: int, log_radii: Float, shift: Float
+) -> tuple[Float, float]:
+    """Log weight of each ray, and the constant that makes their log mean the answer.
+
+    Lebesgue: d·log ρ, and log V_d(1). Gaussian: the log radial integral, and 0 (the term −‖μ‖²/2 of
+    an offset is the caller's).
+    """
+    core = formulas()
+    if isinstance(measure, Lebesgue):
+        return dim * log_radii, core.log_ball_volume(dim)
+    return core.log_radial_gaussian(dim, np.exp(log_radii), shift), 0.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VolumeEstimate:
+    r"""A basin's log volume, or log mass under a normal law, with its error and every radius.
+
+    Attributes:
+        log_volume: in parameter coordinates θ, nats. For a Gaussian measure the log mass.
+        log_volume_metric: in metric coordinates w = (θ − θ*)/s; equal to ``log_volume`` for a
+            Gaussian measure, which does not depend on the metric.
+        log_mean_power: log E[r^d] in metric coordinates, without any constant: the quantity of
+            "Sharp Minima Can Generalize" (arXiv 2511.04808). NaN for a Gaussian measure.
+        stderr: standard error of ``log_volume``, nats: sampling, search tolerance, re-entrance.
+        reliable: whether the gate passed; if not, ``log_volume`` is only a lower bound.
+        warnings: plain sentences about what to keep in mind.
+        pareto_k: Pareto shape of the weights' tail (NaN where the weights are bounded).
+        ess: effective number of independent units.
+        dim: d, the number of parameters that moved.
+        n: directions.
+        log_radii: log of the radius per direction, float64 ``[n]``; in metric coordinates, and for
+            a Gaussian measure in units of its standard deviation.
+        status: per direction, uint8 ``[n]``: 0 converged, 1 unbounded (no crossing up to the cap),
+            2 bounded by a loss that is not finite, 3 failed (out of evaluations).
+        n_unbounded, n_nonfinite, n_failed: their counts.
+        reentrant_fraction: share of randomly checked rays that leave the basin and re-enter it.
+        n_loss, n_grad: evaluations of the loss, and of its gradient, one ray each.
+        seconds: of the whole call up to this result.
+        seed: of the directions (the first one, after ``combine``).
+        config: everything the numbers depend on. plan: how the run was carried out; pass it to
+            ``estimate(plan=…)`` for a bitwise repeat. provenance: versions, device, what fell back.
+    """
+
+    log_volume: float
+    log_volume_metric: float
+    log_mean_power: float
+    stderr: float
+    reliable: bool
+    warnings: tuple[str, ...]
+    pareto_k: float
+    ess: float
+    dim: int
+    n: int
+    log_radii: Float
+    status: npt.NDArray[np.uint8]
+    n_unbounded: int
+    n_nonfinite: int
+    n_failed: int
+    reentrant_fraction: float
+    n_loss: int
+    n_grad: int
+    seconds: float
+    seeds: tuple[int, ...]
+    measure: Lebesgue | Gaussian
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    provenance: dict[str, Any]
+    statistics: Summary
+    _rays: Rays
+    _log_abs_scale: float
+    _offset_squared: float
+    _extra_error: float
+
+    @property
+    def seed(self) -> int:
+        """The seed of the directions (the first one, after :meth:`combine`)."""
+        return self.seeds[0]
+
+    @property
+    def shift(self) -> Float | None:
+        """Per ray the linear term of an off-centre normal law, float64 ``[n]``; else ``None``."""
+        return self._rays.shift if self._offset_squared > 0 else None
+
+    @property
+    def method(self) -> str:
+        """The method that made this estimate."""
+        return str(self.config["method"])
+
+    @property
+    def paired(self) -> bool:
+        """Whether directions come in ± pairs, which are the independent units then."""
+        return bool(self.config["antithetic"])
+
+    def ci(self, level: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of ``log_volume``, nats.
+
+        It holds where ``reliable`` is true; else only its lower end means anything.
+
+        Args:
+            level: between 0 and 1.
+
+        Raises:
+            ValueError: ``level`` is out of range.
+        """
+        _check_level(level)
+        shift = self.log_volume - self.statistics.log_mean
+        if not math.isfinite(self.statistics.log_mean):
+            return -math.inf, math.inf
+        low, high = interval(self.statistics, level, extra_error=self._extra_error)
+        return low + shift, high + shift
+
+    def lower_bound(self, level: float = 0.95) -> float:
+        """log V̂ − log(1/(1 − level)), nats: below the truth with probability ``level``.
+
+        By Markov's inequality for the mean of independent non-negative weights, whatever their
+        tail; it does not need ``reliable``.
+
+        Args:
+            level: between 0 and 1.
+        """
+        _check_level(level)
+        return lower_bound(self.statistics, level) + (self.log_volume - self.statistics.log_mean)
+
+    @cached_property
+    def reliable_radius(self) -> float:
+        """R_n: the largest cap R at which the gate passes there and at every smaller one.
+
+        In metric coordinates; infinite where the estimate itself is reliable, 0 where no cap is. For
+        a Gaussian measure the largest reliable multiple of its standard deviation.
+        """
+        if isinstance(self.measure, Gaussian):
+            return self.profile().reliable_radius
+        if self.reliable and math.isinf(self.measure.max_radius):
+            return math.inf
+        radius = reliable_radius(self.log_radii, self.dim, paired=self.paired)
+        return min(radius, self.measure.max_radius)
+
+    def profile(self, radii: npt.ArrayLike | None = None, *, level: float = 0.95) -> Profile:
+        r"""φ(R) = log vol(S ∩ B_R) − log vol(B_R) from the same radii, for every cap R at once.
+
+        For a Gaussian measure: the log mass as a function of a multiple of its standard deviation.
+
+        Args:
+            radii: caps R in metric coordinates (multiples of std for a Gaussian measure), positive;
+                a grid over the observed radii by default.
+            level: of the intervals.
+
+        Raises:
+            ValueError: ``radii`` holds a value that is not positive, or one beyond ``max_radius``.
+        """
+        _check_level(level)
+        chosen = None
+        if radii is not None:
+            chosen = np.atleast_1d(np.asarray(radii, dtype=np.float64))
+            if chosen.ndim != 1 or not len(chosen) or not (chosen > 0).all():
+                raise ValueError("radii must be positive numbers")
+        if isinstance(self.measure, Gaussian):
+            return gaussian_profile(
+                self.log_radii,
+                self.dim,
+                self.shift,
+                scales=chosen,
+                offset_squared=self._offset_squared,
+                paired=self.paired,
+                level=level,
+                log_radial_gaussian=formulas().log_radial_gaussian,
+            )
+        if chosen is not None and (chosen > self.measure.max_radius).any():
+            raise ValueError(
+                f"radii must not exceed the measure's max_radius, {self.measure.max_radius}"
+            )
+        return lebesgue_profile(
+            self.log_radii,
+            self.dim,
+            radii=chosen,
+            paired=self.paired,
+            unbounded=self.status == 1,
+            max_radius=self.measure.max_radius,
+            level=level,
+        )
+
+    def summary(self) -> str:
+        """The result in words."""
+        from ._report import summary
+
+        return summary(self)
+
+    def plot(self, ax: Axes | None = None, *, label: str | None = None) -> Axes:
+        """Draws the profile with its interval and reliable radius; needs matplotlib.
+
+        Args:
+            ax: where to draw; a new figure by default.
+            label: for the legend.
+        """
+        from .plotting import plot_profile
+
+        return plot_profile(self, ax, label=label)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per direction: seed, direction, radius, log_radius, log_weight, status.
+
+        Raises:
+            FastvolError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise FastvolError(
+                "to_dataframe() needs pandas: pip install 'fastvol[table]'"
+            ) from error
+        weights, constant = log_weights(self.measure, self.dim, self.log_radii, self._rays.shift)
+        return pd.DataFrame(
+            {
+                "seed": np.repeat(np.array(self.seeds, dtype=np.uint64), self._counts()),
+                "direction": np.concatenate([np.arange(count) for count in self._counts()]),
+                "radius": np.exp(self.log_radii),
+                "log_radius": self.log_radii,
+                "log_weight": weights + constant - 0.5 * self._offset_squared,
+                "status": pd.Categorical.from_codes(
+                    self.status.astype(np.int64), categories=list(_STATUS_NAMES)
+                ),
+                "audited": self._rays.audited,
+                "reentrant": self._rays.reentrant,
+            }
+        )
+
+    def _counts(self) -> list[int]:
+        return list(self.config["n"]) if isinstance(self.config["n"], list) else [self.n]
+
+    def combine(self, other: VolumeEstimate) -> VolumeEstimate:
+        """This estimate with the directions of another one of the same config under other seeds.
+
+        Raises:
+            TypeError: ``other`` is not a VolumeEstimate.
+            ValueError: the two differ in more than their seed and n, or share a seed.
+        """
+        if not isinstance(other, VolumeEstimate):
+            raise TypeError(f"other must be a VolumeEstimate, got {type(other).__name__}")
+        differing = sorted(
+            key
+            for key in set(self.config) | set(other.config)
+            if key not in _FREE_CONFIG and self.config.get(key) != other.config.get(key)
+        )
+        if differing:
+            raise ValueError(f"other answers another question: {', '.join(differing)} differ")
+        shared = set(self.seeds) & set(other.seeds)
+        if shared:
+            raise ValueError(
+                f"other has the same directions (seed {shared.pop()}); combine runs with different "
+                "seeds, or raise n"
+            )
+        if self.paired and self.n % 2:
+            raise ValueError("an odd n cannot be combined: its last direction has lost its pair")
+        config = dict(self.config)
+        config["n"] = self._counts() + other._counts()
+        config["pilot"] = {**self.config["pilot"]}
+        for name in ("rtol", "rounding"):
+            config["pilot"][name] = max(self.config["pilot"][name], other.config["pilot"][name])
+        return assemble(
+            Rays.join(self._rays, other._rays),
+            measure=self.measure,
+            dim=self.dim,
+            log_abs_scale=self._log_abs_scale,
+            offset_squared=self._offset_squared,
+            seeds=self.seeds + other.seeds,
+            config=config,
+            plan=self.plan,
+            provenance={**self.provenance, "combined": len(self.seeds) + len(other.seeds)},
+            n_loss=self.n_loss + other.n_loss,
+            n_grad=self.n_grad + other.n_grad,
+            seconds=self.seconds + other.seconds,
+        )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes one safetensors file: the arrays, and everything else as JSON in its header.
+
+        The file is written aside and renamed, so an interrupted save leaves none.
+
+        Returns:
+            The path.
+        """
+        from safetensors.numpy import save_file
+
+        target = Path(path)
+        rays = self._rays
+        arrays = {
+            "log_radii": rays.log_radii,
+            "status": rays.status,
+            "shift": rays.shift,
+            **{
+                name: getattr(rays, name).astype(np.uint8)
+                for name in ("audited", "sampled", "reentrant")
+            },
+        }
+        header = {
+            "format_version": FORMAT_VERSION,
+            "measure": self.measure.describe(),
+            "dim": self.dim,
+            "log_abs_scale": self._log_abs_scale,
+            "offset_squared": self._offset_squared,
+            "reentrant_error": rays.reentrant_error,
+            "seeds": list(self.seeds),
+            "config": self.config,
+            "plan": self.plan,
+            "provenance": self.provenance,
+            "n_loss": self.n_loss,
+            "n_grad": self.n_grad,
+            "seconds": self.seconds,
+        }
+        aside = target.with_name(target.name + ".part")
+        try:
+            save_file(arrays, aside, metadata={"fastvol": json.dumps(header)})
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> VolumeEstimate:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FastvolError: it is not a result, is damaged, or has a newer format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: there is no file {path}")
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {})["fastvol"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise FastvolError(f"path: {path} is not a fastvol result: {error}") from error
+        if header.get("format_version") != FORMAT_VERSION:
+            raise FastvolError(
+                f"path: {path} has format version {header.get('format_version')}; this version "
+                f"reads {FORMAT_VERSION}"
+            )
+        rays = Rays(
+            log_radii=arrays["log_radii"],
+            status=arrays["status"],
+            shift=arrays["shift"],
+            audited=arrays["audited"].astype(np.bool_),
+            sampled=arrays["sampled"].astype(np.bool_),
+            reentrant=arrays["reentrant"].astype(np.bool_),
+            reentrant_error=header["reentrant_error"],
+        )
+        kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
+        return assemble(
+            rays,
+            measure=measure_from(header["measure"]),
+            log_abs_scale=header["log_abs_scale"],
+            offset_squared=header["offset_squared"],
+            seeds=tuple(header["seeds"]),
+            **{name: header[name] for name in kept},
+        )
+
+    def __repr__(self) -> str:
+        from ._report import one_line
+
+        return one_line(self)
+
+
+def assemble(
+    rays: Rays,
+    *,
+    measure: Lebesgue | Gaussian,
+    dim: int,
+    log_abs_scale: float,
+    offset_squared: float,
+    seeds: tuple[int, ...],
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    n_loss: int,
+    n_grad: int,
+    seconds: float,
+) -> VolumeEstimate:
+    """The estimate that some rays give.
+
+    Args:
+        rays: all directions.
+        measure: the measure.
+        dim: d.
+        log_abs_scale: Σ log s of the metric.
+        offset_squared: ‖μ‖² of an off-centre normal law.
+        seeds, config, plan, provenance, n_loss, n_grad, seconds: as in the result.
+    """
+    capped = isinstance(measure, Gaussian) or math.isfinite(measure.max_radius)
+    weights, constant = log_weights(measure, dim, rays.log_radii, rays.shift)
+    statistics = summarise(weights, bounded=capped, paired=bool(config["antithetic"]))
+    metric_volume = statistics.log_mean + constant - 0.5 * offset_squared
+    lebesgue = isinstance(measure, Lebesgue)
+
+    counts = np.bincount(rays.status, minlength=len(_STATUS_NAMES))
+    n_unbounded, n_nonfinite, n_failed = (int(count) for count in counts[1:4])
+    kappa = _kappa(measure, dim, rays, weights)
+    delta = max(config["pilot"]["rtol"], config["pilot"]["rounding"])
+    tolerance_error = 0.5 * (kappa * delta) ** 2
+    reentrant_error = rays.reentrant_error
+    extra_error = math.hypot(tolerance_error, reentrant_error)
+    checked = rays.sampled if rays.sampled.any() else rays.audited
+    reentrant_fraction = float(rays.reentrant[checked].mean()) if checked.any() else 0.0
+
+    notes = list(statistics.reasons)
+    reliable = statistics.reliable
+    if n_unbounded and not capped:
+        reliable = False
+        notes.append(
+            f"{n_unbounded} of {rays.n} rays never crossed the threshold up to the search's cap "
+            f"(radius {math.exp(config['pilot']['log_cap']):.3g}): the volume may be infinite"
+        )
+    if n_failed:
+        notes.append(
+            f"{n_failed} rays ran out of evaluations; they count with the radius known to be inside"
+        )
+    if rays.reentrant.any():
+        notes.append(
+            f"{int(rays.reentrant.sum())} audited rays leave the basin and re-enter it "
+            f"({reentrant_fraction:.1%} of those checked at random); their first crossing counts. "
+            "first_crossing=True checks every ray"
+        )
+    if tolerance_error > max(0.1, statistics.stderr):
+        notes.append(
+            f"the radii are known to {delta:.1e} only, which at d = {dim} may cost "
+            f"{tolerance_error:.2g} nats"
+        )
+    return VolumeEstimate(
+        log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
+        log_volume_metric=metric_volume,
+        log_mean_power=statistics.log_mean if lebesgue else math.nan,
+        stderr=math.hypot(statistics.stderr, extra_error),
+        reliable=reliable,
+        warnings=tuple(notes),
+        pareto_k=statistics.pareto_k,
+        ess=statistics.ess,
+        dim=dim,
+        n=rays.n,
+        log_radii=_frozen(rays.log_radii),
+        status=_frozen(rays.status),
+        n_unbounded=n_unbounded,
+        n_nonfinite=n_nonfinite,
+        n_failed=n_failed,
+        reentrant_fraction=reentrant_fraction,
+        n_loss=n_loss,
+        n_grad=n_grad,
+        seconds=seconds,
+        seeds=seeds,
+        measure=measure,
+        config=dict(config),
+        plan=dict(plan),
+        provenance=dict(provenance),
+        statistics=statistics,
+        _rays=rays,
+        _log_abs_scale=log_abs_scale,
+        _offset_squared=offset_squared,
+        _extra_error=extra_error,
+    )
+
+
+def _kappa(measure: Lebesgue | Gaussian, dim: int, rays: Rays, weights: Float) -> float:
+    """Nats by which the answer moves per unit of log radius."""
+    if isinstance(measure, Lebesgue):
+        derivative = np.where(rays.status == 1, 0.0, float(dim))
+    else:
+        step = 1e-5
+        further, _ = log_weights(measure, dim, rays.log_radii + step, rays.shift)
+        derivative = np.nan_to_num((further - weights) / step, posinf=float(dim))
+    top = weights.max()
+    if not math.isfinite(top):
+        return float(dim)
+    share = np.exp(weights - top)
+    return float(share @ derivative / share.sum())
+
+
+def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
+def _check_level(level: float) -> None:
+    if not isinstance(level, (int, float)) or isinstance(level, bool) or not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}")
