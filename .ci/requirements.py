@@ -1,0 +1,15 @@
+"""Prints the project's requirements and those of the named extras, for pip."""
+
+import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; pip brings its own copy
+    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+wanted = list(project["dependencies"])
+for extra in sys.argv[1:]:
+    wanted += project["optional-dependencies"][extra]
+print(" ".join(dict.fromkeys(wanted)))
