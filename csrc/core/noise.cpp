@@ -19,35 +19,24 @@ constexpr std::int64_t chunk_size = 64 * tile_size;
 // Starting a thread costs about as much as this many normals.
 constexpr std::int64_t normals_per_thread = 250'000;
 
-struct Chunk {
+// Rows that share one vector: a row alone, or an antithetic pair on neighbouring rows.
+struct Unit {
     std::size_t row;
-    std::int64_t begin;
-    std::int64_t end;
+    bool pair;
 };
 
-struct Chunks {
-    std::size_t rows;
-    std::size_t per_row;
-    std::int64_t dimension;
-
-    Chunks(std::size_t k, std::int64_t d)
-        : rows(k),
-          per_row(static_cast<std::size_t>((d + chunk_size - 1) / chunk_size)),
-          dimension(d) {}
-
-    std::size_t count() const { return rows * per_row; }
-
-    Chunk operator[](std::size_t index) const {
-        const auto begin = static_cast<std::int64_t>(index % per_row) * chunk_size;
-        return {index / per_row, begin, std::min(begin + chunk_size, dimension)};
+std::vector<Unit> units_of(const Directions& directions) {
+    const auto ids = directions.ids;
+    std::vector<Unit> units;
+    units.reserve(ids.size());
+    for (std::size_t row = 0; row < ids.size(); ++row) {
+        const bool pair =
+            directions.antithetic && row + 1 < ids.size() && (ids[row] ^ ids[row + 1]) == 1;
+        units.push_back({row, pair});
+        if (pair) ++row;
     }
-
-    unsigned threads(unsigned wanted) const {
-        const auto total = static_cast<std::int64_t>(rows) * dimension;
-        return static_cast<unsigned>(
-            std::min<std::int64_t>(wanted, std::max<std::int64_t>(total / normals_per_thread, 1)));
-    }
-};
+    return units;
+}
 
 VectorKey vector_of(const Directions& directions, std::size_t row) {
     const std::uint64_t id = directions.ids[row];
@@ -56,6 +45,33 @@ VectorKey vector_of(const Directions& directions, std::size_t row) {
 
 double sign_of(const Directions& directions, std::size_t row) {
     return directions.antithetic && (directions.ids[row] & 1u) != 0 ? -1.0 : 1.0;
+}
+
+struct Chunk {
+    std::int64_t begin;
+    std::int64_t end;
+};
+
+std::size_t chunks_per_row(std::int64_t dimension) {
+    return static_cast<std::size_t>((dimension + chunk_size - 1) / chunk_size);
+}
+
+// Calls body(unit, chunk, index) for all chunks of all units, index counting them row by row.
+template <typename Body>
+void for_chunks(const std::vector<Unit>& units, std::int64_t dimension, unsigned threads,
+                const Body& body) {
+    const std::size_t per_row = chunks_per_row(dimension);
+    const auto normals = static_cast<std::int64_t>(units.size()) * dimension;
+    const std::int64_t useful = std::max<std::int64_t>(normals / normals_per_thread, 1);
+    for_ranges(units.size() * per_row,
+               static_cast<unsigned>(std::min<std::int64_t>(threads, useful)),
+               [&](std::size_t first, std::size_t last) {
+                   for (std::size_t index = first; index < last; ++index) {
+                       const auto begin = static_cast<std::int64_t>(index % per_row) * chunk_size;
+                       body(units[index / per_row],
+                            Chunk{begin, std::min(begin + chunk_size, dimension)}, index);
+                   }
+               });
 }
 
 // Calls body(z, begin, n) for each tile of a chunk; entries of z from n on are zero.
@@ -99,40 +115,47 @@ template <typename Real>
 void normals(const Directions& directions, std::span<const Real> scale,
              std::span<const double> project, unsigned threads, std::span<Real> out,
              std::span<double> norm, std::span<double> dot) {
-    const Chunks chunks(directions.ids.size(), directions.dimension);
-    std::vector<double> squares(chunks.count());
-    std::vector<double> products(project.empty() ? 0 : chunks.count());
-    for_ranges(chunks.count(), chunks.threads(threads), [&](std::size_t first, std::size_t last) {
-        for (std::size_t index = first; index < last; ++index) {
-            const Chunk chunk = chunks[index];
-            const double sign = sign_of(directions, chunk.row);
-            Real* row = out.data() + static_cast<std::int64_t>(chunk.row) * directions.dimension;
-            Sums square_sums{};
-            Sums product_sums{};
-            for_tiles<Real>(vector_of(directions, chunk.row), chunk,
-                            [&](const Real* z, std::int64_t begin, int n) {
+    const std::int64_t d = directions.dimension;
+    const std::vector<Unit> units = units_of(directions);
+    const std::size_t per_row = chunks_per_row(d);
+    std::vector<double> squares(units.size() * per_row);
+    std::vector<double> products(project.empty() ? 0 : units.size() * per_row);
+    for_chunks(units, d, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t index) {
+        const double sign = sign_of(directions, unit.row);
+        Real* row = out.data() + static_cast<std::int64_t>(unit.row) * d;
+        Sums square_sums{};
+        Sums product_sums{};
+        for_tiles<Real>(
+            vector_of(directions, unit.row), chunk,
+            [&](const Real* z, std::int64_t begin, int n) {
                 kernels::add_squares(z, square_sums.data());
                 if (!project.empty()) {
                     add_products_of_part(z, project.data() + begin, n, product_sums);
                 }
-                kernels::write_scaled(z, static_cast<Real>(sign),
-                                      scale.empty() ? nullptr : scale.data() + begin, n,
-                                      row + begin);
+                const auto factor = static_cast<Real>(sign);
+                const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                kernels::write_scaled(z, factor, tile_scale, n, row + begin);
+                if (unit.pair) {
+                    kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
+                }
             });
-            squares[index] = total(square_sums);
-            if (!project.empty()) products[index] = sign * total(product_sums);
-        }
+        squares[index] = total(square_sums);
+        if (!project.empty()) products[index] = sign * total(product_sums);
     });
-    for (std::size_t row = 0; row < chunks.rows; ++row) {
+    for (std::size_t u = 0; u < units.size(); ++u) {
         double square = 0.0;
         double product = 0.0;
-        for (std::size_t index = row * chunks.per_row; index < (row + 1) * chunks.per_row;
-             ++index) {
+        for (std::size_t index = u * per_row; index < (u + 1) * per_row; ++index) {
             square += squares[index];
             if (!project.empty()) product += products[index];
         }
+        const std::size_t row = units[u].row;
         norm[row] = std::sqrt(square);
         dot[row] = product;
+        if (units[u].pair) {
+            norm[row + 1] = norm[row];
+            dot[row + 1] = project.empty() ? 0.0 : -product;
+        }
     }
 }
 
@@ -140,19 +163,21 @@ template <typename Real>
 void perturb(const Directions& directions, std::span<const Real> theta0,
              std::span<const double> coefficient, std::span<const Real> scale, unsigned threads,
              std::span<Real> out) {
-    const Chunks chunks(directions.ids.size(), directions.dimension);
-    for_ranges(chunks.count(), chunks.threads(threads), [&](std::size_t first, std::size_t last) {
-        for (std::size_t index = first; index < last; ++index) {
-            const Chunk chunk = chunks[index];
-            const auto factor =
-                static_cast<Real>(sign_of(directions, chunk.row) * coefficient[chunk.row]);
-            Real* row = out.data() + static_cast<std::int64_t>(chunk.row) * directions.dimension;
-            for_tiles<Real>(vector_of(directions, chunk.row), chunk,
-                            [&](const Real* z, std::int64_t begin, int n) {
-                kernels::write_perturbed(z, factor, scale.empty() ? nullptr : scale.data() + begin,
-                                         theta0.data() + begin, n, row + begin);
+    const std::int64_t d = directions.dimension;
+    for_chunks(units_of(directions), d, threads,
+               [&](const Unit& unit, const Chunk& chunk, std::size_t) {
+        for_tiles<Real>(
+            vector_of(directions, unit.row), chunk,
+            [&](const Real* z, std::int64_t begin, int n) {
+                const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                for (std::size_t row = unit.row; row <= unit.row + (unit.pair ? 1 : 0); ++row) {
+                    const auto factor =
+                        static_cast<Real>(sign_of(directions, row) * coefficient[row]);
+                    kernels::write_perturbed(z, factor, tile_scale, theta0.data() + begin, n,
+                                             out.data() + static_cast<std::int64_t>(row) * d +
+                                                 begin);
+                }
             });
-        }
     });
 }
 

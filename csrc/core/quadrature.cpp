@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include "core/elementary.hpp"
 #include "core/function_versions.hpp"
 
 namespace fastvol {
@@ -44,49 +45,18 @@ struct Rule {
     }
 };
 
-// log(1 + u) - u without cancellation, in operations that a compiler can vectorise.
-inline __attribute__((always_inline)) double log1p_minus(double u) {
+// log(1 + u) - u without cancellation.
+FASTVOL_INLINE double log1p_minus(double u) {
     constexpr std::uint64_t sqrt_half = 0x3fe6a09e667f3bcd;
     const double m = 1.0 + u;
-    // 1 + u = (1 + f) 2^e; e is read as an unsigned number, kept in the low bits of 2^52 + e.
+    // 1 + u = (1 + f) 2^e; 1024 + e is read out as the low bits of 2^52 + 1024 + e.
     const std::uint64_t bits = std::bit_cast<std::uint64_t>(m) - sqrt_half;
     const std::uint64_t biased = (bits + (std::uint64_t{1024} << 52)) >> 52;
-    const double e =
-        std::bit_cast<double>(biased | 0x4330000000000000) - (4503599627370496.0 + 1024.0);
+    const double e = std::bit_cast<double>(biased | 0x4330000000000000) - (0x1p52 + 1024.0);
     const std::uint64_t mantissa = (bits & 0x000fffffffffffff) + sqrt_half;
     // At e = 0 the rounding of 1 + u does not matter: f is u.
     const double f = e == 0.0 ? u : std::bit_cast<double>(mantissa) - 1.0;
-    const double s = f / (2.0 + f);
-    const double z = s * s;
-    double q = 0.1461644968504340586;
-    q = q * z + 0.15331721600556041269;
-    q = q * z + 0.1818288912526172208;
-    q = q * z + 0.22222211134795079855;
-    q = q * z + 0.28571428625975484921;
-    q = q * z + 0.3999999999989950449;
-    q = q * z + 0.66666666666666696862;
-    return (e * 0.6931471675634384 + (f - u)) +
-           (e * 1.2996506893889888371e-8 - s * (f - z * q));
-}
-
-// exp(x) for -700 <= x <= 700, in operations that a compiler can vectorise.
-inline __attribute__((always_inline)) double exponential(double x) {
-    constexpr double shifter = 0x1.8p52;
-    const double shifted = x * 1.442695040888963407 + shifter;
-    const double n = shifted - shifter;
-    const double r = (x - n * 0.6931471675634384) - n * 1.2996506893889888371e-8;
-    double p = 2.5100385495510319078e-8;
-    p = p * r + 2.7620088445409748161e-7;
-    p = p * r + 2.7557268459997064772e-6;
-    p = p * r + 2.4801521295954375131e-5;
-    p = p * r + 1.9841269863053616878e-4;
-    p = p * r + 1.3888888917213716901e-3;
-    p = p * r + 8.3333333333006183250e-3;
-    p = p * r + 4.1666666666624127873e-2;
-    p = p * r + 0.16666666666666667453;
-    p = p * r + 0.5;
-    const std::uint64_t power = (std::bit_cast<std::uint64_t>(shifted) + 1023u) << 52;
-    return ((r * r) * p + r + 1.0) * std::bit_cast<double>(power);
+    return (e * ln2_high + (f - u)) + (e * ln2_low - minus_log1p(f));
 }
 
 FASTVOL_VERSIONS double weighted_sum(const Rule& rule, const Exponent& h, double end) {
