@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ._statistics import (
     CONSTANT_SPREAD,
+    HALF,
     Summary,
     interval,
     summarise,
@@ -58,8 +59,8 @@ class Profile:
         slope: float64 ``[m]``, nats by which ``log_fraction`` moves when every log radius moves by
             one; for ``"lebesgue"`` it is −dφ/d log R.
         reliable: bool ``[m]``: the gate passes there and at every smaller radius.
-        reliable_radius: the largest such radius; 0 where there is none. It does not exceed the
-            largest radius met.
+        reliable_radius: the largest such radius; 0 where there is none, inf where the uncapped
+            volume itself is reliable.
     """
 
     kind: str
@@ -139,7 +140,7 @@ class _Single:
         largest = math.sqrt(n)
         skewness = third / variance**1.5 if variance > 0 else 0.0
         constant = n > 1 and d * (inner - self._sorted[0]) <= CONSTANT_SPREAD
-        half = inner - math.log(2.0) / d
+        half = inner + math.log(HALF) / d
         summary = summary_from_moments(
             n=n,
             log_mean=math.log(mean) + d * (inner - x),
@@ -147,37 +148,79 @@ class _Single:
             skewness=min(max(skewness, -largest), largest),
             max_share=1.0 / (n * mean),
             pareto_k=math.nan,
-            n_half_max=n - int(np.searchsorted(self._sorted, half, side="right")),
+            n_half_max=n - int(np.searchsorted(self._sorted, half)),
             bounded=True,
             constant=constant,
-            at_bound=constant and d * (x - inner) <= CONSTANT_SPREAD,
+            at_bound=d * (x - inner) <= CONSTANT_SPREAD,
         )
         return summary, float(d) if x > self.top else d * q1 / (n * mean)
 
 
-class _Units:
-    """Antithetic pairs, or rays with a preconditioner: O(n) a cap."""
+class _Pairs:
+    """Antithetic pairs with P = I: the pairs that count at a cap, summed directly."""
 
-    def __init__(
-        self, log_lengths: Array, dim: int, *, paired: bool, log_norms: Array | None
-    ) -> None:
+    def __init__(self, log_lengths: Array, dim: int) -> None:
+        even = log_lengths.size - log_lengths.size % 2
+        # The last of an odd number is a pair with itself.
+        first = np.concatenate([log_lengths[0:even:2], log_lengths[even:]])
+        second = np.concatenate([log_lengths[1:even:2], log_lengths[even:]])
+        longer = np.maximum(first, second)
+        order = np.argsort(longer)
+        self._dim = dim
+        self._longer = longer[order]
+        self._shorter = np.minimum(first, second)[order]
+        self.top = float(self._longer[-1])
+
+    def at(self, x: float) -> tuple[Summary, float]:
+        d, n = self._dim, self._longer.size
+        inner = min(x, self.top)
+        # The longest ray counts 1; pairs more than 45 nats below a 1/n of it do not change a digit.
+        first = int(np.searchsorted(self._longer, inner - (45.0 + math.log(n)) / d))
+        shorter, longer = (
+            np.exp(d * np.minimum(lengths[first:] - inner, 0.0))
+            for lengths in (self._shorter, self._longer)
+        )
+        units = 0.5 * (shorter + longer)
+        mean = float(units.sum()) / n
+        deviation = units - mean
+        square = np.square(deviation)
+        variance = (float(square.sum()) + first * mean**2) / n
+        third = (float(square @ deviation) - first * mean**3) / n
+        largest = float(units.max())
+        constant = n > 1 and first == 0 and largest - float(units.min()) <= CONSTANT_SPREAD
+        summary = summary_from_moments(
+            n=n,
+            log_mean=math.log(mean) + d * (inner - x),
+            relative_variance=variance / mean**2,
+            skewness=third / variance**1.5 if variance > 0 else 0.0,
+            max_share=largest / (n * mean),
+            pareto_k=math.nan,
+            n_half_max=int(np.count_nonzero(units >= HALF * largest)),
+            bounded=True,
+            constant=constant,
+            at_bound=largest >= 1.0 - CONSTANT_SPREAD and x <= self.top,
+        )
+        if x > self.top:
+            return summary, float(d)
+        capped = np.count_nonzero(self._shorter[first:] >= x) + np.count_nonzero(
+            self._longer[first:] >= x
+        )
+        return summary, d * (1.0 - 0.5 * capped / (n * mean))
+
+
+class _Preconditioned:
+    """Rays with a preconditioner: a direction of norm ||v|| counts ||v||^-d times its share."""
+
+    def __init__(self, log_lengths: Array, dim: int, log_norms: Array, *, paired: bool) -> None:
         self._lengths = log_lengths
         self._dim = dim
         self._paired = paired
-        # A ray of a direction with norm ||v|| counts ||v||^-d times its share of the ball.
-        self._offset = None if log_norms is None else -dim * log_norms
+        self._offset = -dim * log_norms
         self.top = float(log_lengths.max())
 
     def at(self, x: float) -> tuple[Summary, float]:
-        log_q = self._dim * np.minimum(self._lengths - x, 0.0)
-        if self._offset is not None:
-            log_q += self._offset
-        summary = summarise(
-            log_q,
-            bounded=True,
-            paired=self._paired,
-            log_bound=0.0 if self._offset is None else None,
-        )
+        log_q = self._dim * np.minimum(self._lengths - x, 0.0) + self._offset
+        summary = summarise(log_q, bounded=True, paired=self._paired)
         weights = np.exp(log_q - log_q.max())
         uncapped = float(weights[self._lengths < x].sum() / weights.sum())
         return summary, self._dim * uncapped
@@ -232,21 +275,21 @@ def lebesgue_profile(
             raise ValueError(f"radii: must not exceed max_radius, {max_radius}")
         log_caps = np.log(caps)
 
-    # Beyond the largest radius the cap bounds nothing: the rule for unbounded weights applies.
-    beyond = False
-    all_crossed = unbounded is None or not np.any(unbounded)
-    if reach >= rays.top and all_crossed and np.any(log_caps > rays.top):
+    # Beyond the largest radius a cap bounds nothing, and the rule for unbounded weights applies.
+    # Where that passes it does so for every cap: capping only evens the weights out.
+    everywhere = False
+    if limit > rays.top:
         offset = 0.0 if log_norms is None else -dim * np.asarray(log_norms)
-        beyond = summarise(dim * lengths + offset, bounded=False, paired=paired).reliable
+        everywhere = summarise(dim * lengths + offset, bounded=False, paired=paired).reliable
     table = _Table(caps, level)
     for row, x in enumerate(log_caps):
         summary, slope = rays.at(float(x))
         summary = with_extra_error(summary, 0.5 * (slope * log_radius_error) ** 2, extra_error)
-        trusted = x <= reach + 1e-12 or (beyond and x > rays.top)
-        table.fill(row, summary, log_abs_det, slope, trusted and summary.reliable)
+        trusted = everywhere or (summary.reliable and x <= reach + 1e-12)
+        table.fill(row, summary, log_abs_det, slope, trusted)
     # A fraction is at most 1; with a preconditioner the estimate of it need not be.
     ceiling = log_norms is None and log_abs_det == 0
-    return table.profile("lebesgue", math.exp(reach), ceiling=ceiling)
+    return table.profile("lebesgue", math.exp(limit if everywhere else reach), ceiling=ceiling)
 
 
 def reliable_radius(
@@ -342,27 +385,32 @@ def gaussian_profile(
 
     def log_weights(c: float, at: Array) -> Array:
         with np.errstate(over="ignore"):
-            values = log_radial_gaussian(
-                dim, np.exp(at - math.log(c)), None if b is None else b / c
-            )
+            radius = np.exp(at - math.log(c))
+        values = log_radial_gaussian(dim, radius, None if b is None else b / c)
         return values if offsets is None else values + offsets
 
-    def summary_at(c: float) -> tuple[Summary, bool]:
+    def at_scale(c: float) -> tuple[Summary, bool, float]:
         weights = log_weights(c, lengths)
-        summary = summarise(weights, bounded=True, paired=paired, log_bound=0.0 if plain else None)
+        # Off its centre the weights have a bound that no draw comes near: judge their tail.
+        summary = summarise(weights, bounded=plain, paired=paired, log_bound=0.0 if plain else None)
         summary = with_extra_error(summary, extra_error)
         trusted = summary.reliable
         if trusted and never is not None and never.any():
             open_ended = log_weights(c, np.where(never, math.inf, lengths))
-            gap = summarise(open_ended, bounded=True, paired=paired).log_mean - summary.log_mean
+            gap = float(np.logaddexp.reduce(open_ended) - np.logaddexp.reduce(weights))
             trusted = gap <= max(1e-3, 0.1 * summary.stderr)
-        return summary, trusted
+        edges = _log_edge(dim, lengths - math.log(c), None if b is None else b / c)
+        edges = edges if offsets is None else edges + offsets
+        top = float(weights.max())
+        slope = math.nan
+        if top > -math.inf:
+            slope = float(np.exp(edges - top).sum() / np.exp(weights - top).sum())
+        return summary, trusted, slope
 
     table = _Table(multiples, level)
     passed = np.zeros(multiples.size, dtype=np.bool_)
     for row, c in enumerate(multiples):
-        summary, passed[row] = summary_at(float(c))
-        slope = _gaussian_slope(log_weights, float(c), lengths)
+        summary, passed[row], slope = at_scale(float(c))
         table.fill(row, summary, -0.5 * offset_squared / c**2, slope, False)
 
     order = np.argsort(multiples, kind="stable")
@@ -374,7 +422,7 @@ def gaussian_profile(
         low = math.log(multiples[order[count - 1]])
         if count < multiples.size:
             high = math.log(multiples[order[count]])
-            low = _bisect(lambda x: summary_at(math.exp(x))[1], low, high, (high - low) / 20)
+            low = _bisect(lambda x: at_scale(math.exp(x))[1], low, high, (high - low) / 20)
         reach = math.exp(low)
     return table.profile("gaussian", reach, ceiling=True)
 
@@ -428,13 +476,11 @@ def _rays(
 ) -> tuple[_Rays, Array]:
     lengths = _vector(log_radii, "log_radii")
     _check_dim(dim)
-    norms = None
     if log_norms is not None:
         norms = _vector(log_norms, "log_norms", lengths.size)
         lengths = lengths + norms
-    if paired or norms is not None:
-        return _Units(lengths, dim, paired=paired, log_norms=norms), lengths
-    return _Single(lengths, dim), lengths
+        return _Preconditioned(lengths, dim, norms, paired=paired), lengths
+    return (_Pairs if paired else _Single)(lengths, dim), lengths
 
 
 def _limit(lengths: Array, unbounded: npt.ArrayLike | None, max_radius: float) -> float:
@@ -487,17 +533,14 @@ def _bisect(passes: Callable[[float], bool], low: float, high: float, width: flo
     return low
 
 
-def _gaussian_slope(
-    log_weights: Callable[[float, Array], Array], c: float, lengths: Array
-) -> float:
-    """Derivative of the log mean weight when every log radius grows, by a difference quotient."""
-    step = 1e-4
-    further, nearer = (
-        float(np.logaddexp.reduce(log_weights(c, lengths + sign * step))) for sign in (1, -1)
-    )
-    if not (math.isfinite(further) and math.isfinite(nearer)):
-        return math.nan
-    return (further - nearer) / (2 * step)
+def _log_edge(dim: int, log_radii: Array, shift: Array | None) -> Array:
+    """Log of d I / d log rho: the Gaussian integrand at the radius, times the radius."""
+    log_normaliser = (0.5 * dim - 1.0) * math.log(2.0) + math.lgamma(0.5 * dim)
+    # Beyond exp(300) nothing is left of the integrand.
+    at = np.minimum(log_radii, 300.0)
+    t = np.exp(at)
+    linear = 0.0 if shift is None else shift * t
+    return np.asarray(dim * at - 0.5 * t * t + linear - log_normaliser, dtype=np.float64)
 
 
 def _grid(lengths: Array, high: float) -> Array:

@@ -32,6 +32,9 @@ MIN_ESS = 100.0
 MAX_SHARE = 0.05
 MAX_PARETO_K = 0.5
 MIN_HALF_MAX = 100
+# "More than half": a pair of which one ray is at the cap carries a little more than half of what a
+# pair at the cap does, by an amount that may underflow.
+HALF = 0.5 * (1.0 - 1e-9)
 
 # Log weights that agree to this, or to 256 units of rounding, are one number: radii are rounded,
 # and d times the rounding of a log radius is 2e-8 nats at d = 1e8.
@@ -59,7 +62,7 @@ class Summary:
         n_half_max: units with more than half of the largest weight.
         bounded: whether the weights have a bound that is known beforehand.
         constant: whether they are all equal to rounding.
-        at_bound: whether they are all equal to that bound.
+        at_bound: whether the largest weight is at that bound.
         reliable: whether the gate passed.
         reasons: plain sentences why it did not.
     """
@@ -150,10 +153,10 @@ def summarise(
         skewness=third / variance**1.5 if variance > 0 else 0.0,
         max_share=1.0 / (n * mean),
         pareto_k=pareto_k,
-        n_half_max=int(np.count_nonzero(weights > 0.5)),
+        n_half_max=int(np.count_nonzero(weights >= HALF)),
         bounded=bounded,
         constant=constant,
-        at_bound=constant and log_bound is not None and log_bound - log_max <= rounding,
+        at_bound=log_bound is not None and log_bound - log_max <= rounding,
     )
 
 
@@ -308,9 +311,9 @@ def interval(
     Hall's transformation (see the module) for the sampling error; further errors widen each side in
     quadrature. The interval always contains ``log_mean`` and grows with ``level``.
 
-    If every weight is at its bound, units below it may exist that n draws did not meet; their
-    probability is below -log(1 - level) / n at this level (the "rule of three"), and the lower end
-    allows for that much.
+    Where nearly every weight is at its bound, units below it may exist that n draws did not meet;
+    their probability is below -log(1 - level) / n at this level (the "rule of three"), and the
+    lower end allows for that much.
 
     Args:
         summary: of the weights.
@@ -328,12 +331,10 @@ def interval(
     if not math.isfinite(centre) or not math.isfinite(summary.sampling_stderr):
         return -math.inf, math.inf
     z = NormalDist().inv_cdf(0.5 * (1.0 + level))
+    below = summary.sampling_stderr * max(0.0, _untransform(z, summary))
+    above = summary.sampling_stderr * max(0.0, -_untransform(-z, summary))
     if summary.at_bound:
-        below, above = -math.log1p(-level) / summary.n, 0.0
-    else:
-        stderr = summary.sampling_stderr
-        below = stderr * max(0.0, _untransform(z, summary))
-        above = stderr * max(0.0, -_untransform(-z, summary))
+        below = max(below, -math.log1p(-level) * summary.max_share)
     further = z * math.hypot(summary.extra_error, extra_error)
     return centre - math.hypot(below, further), centre + math.hypot(above, further)
 
