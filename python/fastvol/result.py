@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ._backend import formulas
 from ._profile import Profile, gaussian_profile, lebesgue_profile, reliable_radius
-from ._statistics import Summary, interval, lower_bound, summarise
+from ._statistics import Summary, interval, lower_bound, summarise, with_extra_error
 from .errors import FastvolError
 from .measures import Gaussian, Lebesgue, measure_from
 
@@ -150,7 +150,6 @@ class VolumeEstimate:
     _rays: Rays
     _log_abs_scale: float
     _offset_squared: float
-    _extra_error: float
 
     @property
     def seed(self) -> int:
@@ -187,7 +186,7 @@ class VolumeEstimate:
         shift = self.log_volume - self.statistics.log_mean
         if not math.isfinite(self.statistics.log_mean):
             return -math.inf, math.inf
-        low, high = interval(self.statistics, level, extra_error=self._extra_error)
+        low, high = interval(self.statistics, level)
         return low + shift, high + shift
 
     def lower_bound(self, level: float = 0.95) -> float:
@@ -213,8 +212,13 @@ class VolumeEstimate:
             return self.profile().reliable_radius
         if self.reliable and math.isinf(self.measure.max_radius):
             return math.inf
-        radius = reliable_radius(self.log_radii, self.dim, paired=self.paired)
-        return min(radius, self.measure.max_radius)
+        return reliable_radius(
+            self.log_radii,
+            self.dim,
+            paired=self.paired,
+            unbounded=self.status == 1,
+            max_radius=self.measure.max_radius,
+        )
 
     def profile(self, radii: npt.ArrayLike | None = None, *, level: float = 0.95) -> Profile:
         r"""φ(R) = log vol(S ∩ B_R) − log vol(B_R) from the same radii, for every cap R at once.
@@ -243,7 +247,9 @@ class VolumeEstimate:
                 scales=chosen,
                 offset_squared=self._offset_squared,
                 paired=self.paired,
+                unbounded=self.status == 1,
                 level=level,
+                extra_error=self._rays.reentrant_error,
                 log_radial_gaussian=formulas().log_radial_gaussian,
             )
         if chosen is not None and (chosen > self.measure.max_radius).any():
@@ -258,6 +264,8 @@ class VolumeEstimate:
             unbounded=self.status == 1,
             max_radius=self.measure.max_radius,
             level=level,
+            log_radius_error=_log_radius_error(self.config),
+            extra_error=self._rays.reentrant_error,
         )
 
     def summary(self) -> str:
@@ -471,17 +479,20 @@ def assemble(
     """
     capped = isinstance(measure, Gaussian) or math.isfinite(measure.max_radius)
     weights, constant = log_weights(measure, dim, rays.log_radii, rays.shift)
-    statistics = summarise(weights, bounded=capped, paired=bool(config["antithetic"]))
+    # Off its centre a normal law's weights have a bound, e^(b²/2), that no draw comes near: their
+    # tail is what has to be judged.
+    bounded = capped and offset_squared == 0
+    statistics = summarise(weights, bounded=bounded, paired=bool(config["antithetic"]))
     metric_volume = statistics.log_mean + constant - 0.5 * offset_squared
     lebesgue = isinstance(measure, Lebesgue)
 
     counts = np.bincount(rays.status, minlength=len(_STATUS_NAMES))
     n_unbounded, n_nonfinite, n_failed = (int(count) for count in counts[1:4])
     kappa = _kappa(measure, dim, rays, weights)
-    delta = max(config["pilot"]["rtol"], config["pilot"]["rounding"])
+    delta = _log_radius_error(config)
     tolerance_error = 0.5 * (kappa * delta) ** 2
-    reentrant_error = rays.reentrant_error
-    extra_error = math.hypot(tolerance_error, reentrant_error)
+    sampling_error = statistics.stderr
+    statistics = with_extra_error(statistics, tolerance_error, rays.reentrant_error)
     checked = rays.sampled if rays.sampled.any() else rays.audited
     reentrant_fraction = float(rays.reentrant[checked].mean()) if checked.any() else 0.0
 
@@ -503,7 +514,7 @@ def assemble(
             f"({reentrant_fraction:.1%} of those checked at random); their first crossing counts. "
             "first_crossing=True checks every ray"
         )
-    if tolerance_error > max(0.1, statistics.stderr):
+    if tolerance_error > max(0.1, sampling_error):
         notes.append(
             f"the radii are known to {delta:.1e} only, which at d = {dim} may cost "
             f"{tolerance_error:.2g} nats"
@@ -512,7 +523,7 @@ def assemble(
         log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
         log_volume_metric=metric_volume,
         log_mean_power=statistics.log_mean if lebesgue else math.nan,
-        stderr=math.hypot(statistics.stderr, extra_error),
+        stderr=statistics.stderr,
         reliable=reliable,
         warnings=tuple(notes),
         pareto_k=statistics.pareto_k,
@@ -537,8 +548,12 @@ def assemble(
         _rays=rays,
         _log_abs_scale=log_abs_scale,
         _offset_squared=offset_squared,
-        _extra_error=extra_error,
     )
+
+
+def _log_radius_error(config: Mapping[str, Any]) -> float:
+    """δ: what a log radius may be off by, through the search's tolerance or the loss's rounding."""
+    return float(max(config["pilot"]["rtol"], config["pilot"]["rounding"]))
 
 
 def _kappa(measure: Lebesgue | Gaussian, dim: int, rays: Rays, weights: Float) -> float:

@@ -1,0 +1,1 @@
+"""Long proofs of accuracy, each with a short form: ``python -m benchmarks.proofs [--short]``."""

@@ -1,0 +1,44 @@
+"""Runs the proofs and keeps what they found: ``python -m benchmarks.proofs [--short] [NAME …]``.
+
+A proof that fails raises; what passed before it is on record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ..record import RESULTS, record
+from . import coverage, known_answers, refusals
+
+PROOFS = {
+    "known_answers": known_answers.run,
+    "refusals": refusals.run,
+    "coverage": coverage.run,
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proofs", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROOFS)}; all")
+    parser.add_argument("--short", action="store_true", help="minutes instead of an hour")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(PROOFS)
+    if unknown:
+        parser.error(f"unknown proof: {', '.join(sorted(unknown))}")
+    for name, proof in PROOFS.items():
+        if options.names and name not in options.names:
+            continue
+        began = time.perf_counter()
+        found = proof(options.short)
+        seconds = time.perf_counter() - began
+        payload = {"proof": name, "short": options.short, "seconds": seconds, **found}
+        path = record(f"proof_{name}", payload, folder=options.results)
+        print(f"{name}: passed in {seconds:.0f} s, {path.name}")
+
+
+if __name__ == "__main__":
+    main()
