@@ -7,7 +7,9 @@ import math
 import numbers
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -184,7 +186,7 @@ def estimate(
     if isinstance(measure, Gaussian):
         layout.expand(measure.std, "std")
 
-    with preserved(inner), _threads(plan):
+    with preserved(inner), _threads(plan), _quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0)
@@ -309,6 +311,14 @@ class _threads:
     def __exit__(self, *exception: object) -> None:
         if torch.get_num_threads() != self._before:
             torch.set_num_threads(self._before)
+
+
+@contextmanager
+def _quiet_vmap() -> Iterator[None]:
+    """Without PyTorch's advice on operators that vmap runs one ray at a time: that is measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 def _thresholds(threshold: Any, increase: Any, loss0: float) -> tuple[tuple[float, ...], bool]:

@@ -112,13 +112,16 @@ class Objective:
         return _ACTIVATIONS_PER_INPUT * self._largest_batch
 
     def batches(self) -> Iterator[Batch]:
-        """The batches in order."""
+        """The batches in order, without those in which no example counts."""
         if self._batches is not None:
-            yield from self._batches
+            yield from (batch for batch in self._batches if batch.weight)
             return
         assert self._stream is not None
         for index, item in enumerate(self._stream):
-            yield self._batch(item, index)
+            batch = self._batch(item, index)
+            # The mean over no target at all is NaN.
+            if batch.weight:
+                yield batch
 
     def call(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
         """What the user's loss returns for one batch; its exceptions are named after it.
@@ -200,13 +203,13 @@ class Objective:
             ]
 
     def _batch(self, item: Any, index: int) -> Batch:
-        try:
-            inputs, target = item
-        except (TypeError, ValueError):
+        # A dict or a tensor of length 2 would unpack too, into something else.
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(
                 f"data must hold (inputs, targets) pairs; batch {index} is "
                 f"{_describe(item)}"
-            ) from None
+            )
+        inputs, target = item
         inputs, target = self._to_device(inputs), self._to_device(target)
         examples = _examples(inputs)
         if examples == 0:
@@ -229,6 +232,8 @@ class Objective:
 
     def _to_device(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if value.is_meta:
+                raise ValueError("data holds a tensor on the meta device, which has no values")
             return value.detach().to(self._device)
         if isinstance(value, Mapping):
             return {key: self._to_device(entry) for key, entry in value.items()}
@@ -275,6 +280,8 @@ def as_float(value: Any) -> float:
             )
         if value.is_complex():
             raise TypeError("loss_fn must return a real number, got a complex one")
+        if value.is_meta:
+            raise ValueError("loss_fn returned a tensor on the meta device, which has no value")
         return float(value.item())
     if value is None:
         raise TypeError("loss_fn returned None; it must return the loss")
@@ -282,7 +289,7 @@ def as_float(value: Any) -> float:
         raise TypeError(f"loss_fn must return a scalar, got {_describe(value)}")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"loss_fn must return a scalar, got {_describe(value)}: {error}"
         ) from error
@@ -354,8 +361,12 @@ def _fingerprint(value: Any) -> Any:
         if value.numel() == 0:
             return tuple(value.shape)
         flat = value.detach().reshape(-1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).reshape(-1)
+        # NaN marks missing data; it has to equal itself.
+        finite = flat.to(torch.float64).nan_to_num(nan=1e5, posinf=1e6, neginf=-1e6)
         ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-        return (tuple(value.shape), float(torch.dot(flat.to(torch.float64), ramp)))
+        return (tuple(value.shape), float(torch.dot(finite, ramp)))
     if isinstance(value, Mapping):
         return tuple((key, _fingerprint(entry)) for key, entry in value.items())
     if isinstance(value, (tuple, list)):

@@ -30,16 +30,25 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     The generators are not used by this package; a loss or a data loader may use them.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [
+        (module, module.training, dict(module._parameters), dict(module._buffers))
+        for module in model.modules()
+    ]
     parameters = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     generators = _generator_states()
     try:
         model.eval()
+        for parameter, *_ in parameters:
+            # A loss that calls backward() would add to the caller's gradients in place.
+            parameter.grad = None
         yield
     finally:
-        for module, training in modes:
+        for module, training, own_parameters, own_buffers in modules:
             module.training = training
+            # A forward pass may assign a buffer anew instead of writing to it.
+            _reset(module._parameters, own_parameters)
+            _reset(module._buffers, own_buffers)
         for parameter, data, grad, requires_grad in parameters:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
@@ -52,6 +61,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
         _restore_generators(generators)
+
+
+def _reset(registry: dict[str, Any], before: dict[str, Any]) -> None:
+    if any(registry.get(name) is not value for name, value in before.items()) or len(
+        registry
+    ) != len(before):
+        registry.clear()
+        registry.update(before)
 
 
 def _generator_states() -> dict[str, Any]:
