@@ -21,7 +21,9 @@ LOOPS = {"cpp": _core.search, "torch": reference.search}
 class RayLosses:
     """Losses given per item as a function of the radius, as the loop sees them."""
 
-    def __init__(self, losses: list[Callable[[float], float]], flag_above: float = math.inf) -> None:
+    def __init__(
+        self, losses: list[Callable[[float], float]], flag_above: float = math.inf
+    ) -> None:
         self.losses = losses
         self.flag_above = flag_above
         self.items: dict[int, int] = {}
@@ -151,9 +153,8 @@ def test_both_loops_move_alike() -> None:
     generator = np.random.default_rng(5)
     roots = np.exp(generator.normal(size=200))
     losses = [
-        (lambda r, a=a, p=p: (r / a) ** p * (1 + 0.3 * math.sin(r))) for a, p in zip(
-            roots, 1 + 3 * generator.random(200), strict=True
-        )
+        (lambda r, a=a, p=p: (r / a) ** p * (1 + 0.3 * math.sin(r)))
+        for a, p in zip(roots, 1 + 3 * generator.random(200), strict=True)
     ]
     outcomes = [run(loop, RayLosses(losses), lanes=7, slope=2.5) for loop in LOOPS.values()]
     np.testing.assert_allclose(outcomes[0][0], outcomes[1][0], rtol=0, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _train(x: Tensor, y: Tensor, widths: tuple[int, ...], steps: int) -> nn.Modu
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

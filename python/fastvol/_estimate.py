@@ -57,7 +57,8 @@ def estimate(
 ) -> list[VolumeEstimate]: ...
 
 
-def estimate(
+# The overloads leave out the options that do not change the type of the answer.
+def estimate(  # type: ignore[misc]
     model: nn.Module,
     loss_fn: Callable[..., Any],
     n: float = 1e6,
@@ -89,8 +90,8 @@ def estimate(
     r"""Log volume (nats) of the basin around a model's parameters θ*.
 
     The star basin is the set of points θ* + t·u that are reached from θ* before the loss L first
-    exceeds the threshold τ. With r(u) the radius along a uniformly drawn unit direction u, in metric
-    coordinates,
+    exceeds the threshold τ. With r(u) the radius along a uniformly drawn unit direction u, in
+    metric coordinates,
 
     .. math:: \log V = \log V_d(1) + \log E[r(u)^d],
 
@@ -186,7 +187,7 @@ def estimate(
     if isinstance(measure, Gaussian):
         layout.expand(measure.std, "std")
 
-    with preserved(inner), _threads(plan), _quiet_vmap():
+    with preserved(inner), _Threads(plan), _quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0)
@@ -205,7 +206,16 @@ def estimate(
             plan=_NO_PLAN,
             backend=chosen_backend,
             config=_config(
-                layout, theta, scale, metric_name, measure, loss0, count, seed, paired, tolerance,
+                layout,
+                theta,
+                scale,
+                metric_name,
+                measure,
+                loss0,
+                count,
+                seed,
+                paired,
+                tolerance,
                 first_crossing,
             ),
             provenance={},
@@ -297,7 +307,7 @@ def _config(
     }
 
 
-class _threads:
+class _Threads:
     """PyTorch's thread count as a given plan asks, and as it was afterwards."""
 
     def __init__(self, plan: Mapping[str, Any] | None) -> None:
@@ -345,7 +355,9 @@ def _thresholds(threshold: Any, increase: Any, loss0: float) -> tuple[tuple[floa
 
 
 def _numbers(value: Any, name: str) -> tuple[list[float], bool]:
-    single = isinstance(value, (numbers.Real, Tensor, np.ndarray)) and np.ndim(value) == 0
+    single = isinstance(value, numbers.Real) or (
+        isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0
+    )
     entries: list[Any] = [value] if single else []
     if not single:
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -405,9 +417,9 @@ def _boolean(value: Any, name: str) -> bool:
 def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if not math.isfinite(value) or value != int(value):
+    if not math.isfinite(value) or value != math.floor(value):
         raise ValueError(f"{name} must be a whole number, got {value}")
-    whole = int(value)
+    whole = math.floor(value)
     if whole < least or (below is not None and whole >= below):
         bound = f"at least {least}" + ("" if below is None else f" and below {below}")
         raise ValueError(f"{name} must be {bound}, got {whole}")
@@ -442,6 +454,6 @@ def _check_device(device: Any, own: torch.device) -> None:
         raise ValueError(f"device {device!r} is not a device: {error}") from error
     if wanted.type != own.type or wanted.index not in (None, own.index or 0):
         raise ValueError(
-            f"device is {wanted} but the model stands on {own}; move it there first, with its data: "
-            f"model.to({str(wanted)!r})"
+            f"device is {wanted} but the model stands on {own}; move it there first, with its "
+            f"data: model.to({str(wanted)!r})"
         )

@@ -33,6 +33,8 @@ class Batch:
 class _LossModule(nn.Module):
     """The user's model and loss as one module, so that one ``functional_call`` reaches both."""
 
+    loss_fn: Callable[..., Any]
+
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Any], with_data: bool) -> None:
         super().__init__()
         self.model = model
@@ -206,19 +208,18 @@ class Objective:
         # A dict or a tensor of length 2 would unpack too, into something else.
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(
-                f"data must hold (inputs, targets) pairs; batch {index} is "
-                f"{_describe(item)}"
+                f"data must hold (inputs, targets) pairs; batch {index} is {_describe(item)}"
             )
         inputs, target = item
         inputs, target = self._to_device(inputs), self._to_device(target)
         examples = _examples(inputs)
         if examples == 0:
             raise ValueError(f"data: batch {index} is empty")
-        if isinstance(target, Tensor) and target.dim() and isinstance(inputs, Tensor):
-            if target.shape[0] != examples:
-                raise ValueError(
-                    f"data: batch {index} has {examples} inputs but {target.shape[0]} targets"
-                )
+        both = isinstance(inputs, Tensor) and isinstance(target, Tensor) and target.dim() > 0
+        if both and target.shape[0] != examples:
+            raise ValueError(
+                f"data: batch {index} has {examples} inputs but {target.shape[0]} targets"
+            )
         weight = _mean_weight(self._loss_fn, target, examples)
         if self._reference_targets is not None:
             if index >= len(self._reference_targets):
@@ -290,9 +291,7 @@ def as_float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(
-            f"loss_fn must return a scalar, got {_describe(value)}: {error}"
-        ) from error
+        raise TypeError(f"loss_fn must return a scalar, got {_describe(value)}: {error}") from error
 
 
 def _is_one_batch(data: Any) -> bool:

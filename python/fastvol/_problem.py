@@ -120,7 +120,7 @@ class Problem:
 
     @contextmanager
     def bar(self) -> Iterator[Any]:
-        """A progress bar over directions times thresholds; silent where output is not a terminal."""
+        """A progress bar over directions times thresholds; silent where there is no terminal."""
         from tqdm.auto import tqdm
 
         with tqdm(

@@ -37,8 +37,8 @@ def summary(result: VolumeEstimate) -> str:
             f"{name} is at least {result.log_volume:.6g} nats: this is a lower bound, not the value"
         )
         lines.append(
-            f"with 95 % confidence it is above {result.lower_bound():.6g} nats; the true value may be "
-            "larger by far more than any error bar of this run"
+            f"with 95 % confidence it is above {result.lower_bound():.6g} nats; the true value may "
+            "be larger by far more than any error bar of this run"
         )
     if isinstance(result.measure, Gaussian):
         lines.append(f"measure: normal law around the {result.measure.center}")
@@ -51,16 +51,17 @@ def summary(result: VolumeEstimate) -> str:
         )
     lines.append(_reach(result))
     lines.append(
-        f"d = {result.dim}, n = {result.n} directions, effective sample size {result.ess:.4g}, loss "
-        f"{result.config['loss0']:.4g} at the minimum, threshold {result.config['threshold']:.4g}"
+        f"d = {result.dim}, n = {result.n} directions, effective sample size {result.ess:.4g}, "
+        f"loss {result.config['loss0']:.4g} at the minimum, threshold "
+        f"{result.config['threshold']:.4g}"
     )
     lines.extend(f"note: {warning}" for warning in result.warnings)
     if not result.reliable:
         lines.append(f"next: {_advice(result)}")
     lines.append(
         f"{result.n_loss} loss evaluations ({result.n_loss / result.n:.1f} a direction) in "
-        f"{result.seconds:.3g} s; {result.plan['engine']} engine, {result.plan['chunk']} rays at once, "
-        f"{result.plan['backend']} loop"
+        f"{result.seconds:.3g} s; {result.plan['engine']} engine, {result.plan['chunk']} rays at "
+        f"once, {result.plan['backend']} loop"
     )
     return "\n".join(lines)
 
@@ -100,7 +101,7 @@ def _advice(result: VolumeEstimate) -> str:
     if result.reliable_radius > 0:
         return (
             "compare basins by result.profile() up to the reliable radius (fastvol.compare does), "
-            f"cap the measure there (Lebesgue(max_radius={result.reliable_radius:.4g})), or raise n, "
-            "which buys reach"
+            f"cap the measure there (Lebesgue(max_radius={result.reliable_radius:.4g})), or raise "
+            "n, which buys reach"
         )
     return "raise n; at least a few hundred directions are needed for any radius to be reliable"

@@ -77,7 +77,7 @@ def _generator_states() -> dict[str, Any]:
         "numpy": np.random.get_state(),  # noqa: NPY002 - the caller's state, not ours
         "torch": torch.random.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FastvolWarning
 from ._layout import ParameterLayout
+from .errors import FastvolWarning
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ Bool = npt.NDArray[np.bool_]
 
 FORMAT_VERSION = 1
 
-# Config entries that may differ between results that are combined: other directions of one question.
+# Config entries that may differ between results that are combined.
 _FREE_CONFIG = ("seed", "n", "pilot")
+_RAY_ARRAYS = ("log_radii", "status", "shift", "audited", "sampled", "reentrant")
 _STATUS_NAMES = ("converged", "unbounded", "nonfinite", "failed")
 
 
@@ -59,8 +60,11 @@ class Rays:
     @classmethod
     def empty(cls, n: int) -> Rays:
         """Room for ``n`` directions."""
-        flags = [np.zeros(n, dtype=np.bool_) for _ in range(3)]
-        return cls(np.zeros(n), np.zeros(n, dtype=np.uint8), np.zeros(n), *flags)
+
+        def no() -> Bool:
+            return np.zeros(n, dtype=np.bool_)
+
+        return cls(np.zeros(n), np.zeros(n, dtype=np.uint8), np.zeros(n), no(), no(), no())
 
     @property
     def n(self) -> int:
@@ -70,12 +74,11 @@ class Rays:
     @classmethod
     def join(cls, a: Rays, b: Rays) -> Rays:
         """The directions of ``a``, then those of ``b``."""
-        arrays = [
-            np.concatenate([getattr(a, name), getattr(b, name)])
-            for name in ("log_radii", "status", "shift", "audited", "sampled", "reentrant")
-        ]
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in _RAY_ARRAYS
+        }
         error = (a.n * a.reentrant_error + b.n * b.reentrant_error) / (a.n + b.n)
-        return cls(*arrays, reentrant_error=error)
+        return cls(**arrays, reentrant_error=error)
 
 
 def log_weights(
@@ -205,8 +208,8 @@ class VolumeEstimate:
     def reliable_radius(self) -> float:
         """R_n: the largest cap R at which the gate passes there and at every smaller one.
 
-        In metric coordinates; infinite where the estimate itself is reliable, 0 where no cap is. For
-        a Gaussian measure the largest reliable multiple of its standard deviation.
+        In metric coordinates; infinite where the estimate itself is reliable, 0 where no cap is.
+        For a Gaussian measure the largest reliable multiple of its standard deviation.
         """
         if isinstance(self.measure, Gaussian):
             return self.profile().reliable_radius
@@ -372,15 +375,7 @@ class VolumeEstimate:
 
         target = Path(path)
         rays = self._rays
-        arrays = {
-            "log_radii": rays.log_radii,
-            "status": rays.status,
-            "shift": rays.shift,
-            **{
-                name: getattr(rays, name).astype(np.uint8)
-                for name in ("audited", "sampled", "reentrant")
-            },
-        }
+        arrays = {name: getattr(rays, name) for name in _RAY_ARRAYS}
         header = {
             "format_version": FORMAT_VERSION,
             "measure": self.measure.describe(),
@@ -427,15 +422,7 @@ class VolumeEstimate:
                 f"path: {path} has format version {header.get('format_version')}; this version "
                 f"reads {FORMAT_VERSION}"
             )
-        rays = Rays(
-            log_radii=arrays["log_radii"],
-            status=arrays["status"],
-            shift=arrays["shift"],
-            audited=arrays["audited"].astype(np.bool_),
-            sampled=arrays["sampled"].astype(np.bool_),
-            reentrant=arrays["reentrant"].astype(np.bool_),
-            reentrant_error=header["reentrant_error"],
-        )
+        rays = Rays(**arrays, reentrant_error=header["reentrant_error"])
         kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
         return assemble(
             rays,

@@ -254,9 +254,7 @@ class LaneSearch:
             checked, torch.zeros_like(self._guard_steps[lanes]), self._guard_steps[lanes]
         )
         margin = (0.5 * width).clamp(max=0.9 * rules.xtol)
-        trial = torch.minimum(
-            torch.maximum(trial, low.x[lanes] + margin), high.x[lanes] - margin
-        )
+        trial = torch.minimum(torch.maximum(trial, low.x[lanes] + margin), high.x[lanes] - margin)
 
         stuck = (trial <= low.x[lanes]) | (trial >= high.x[lanes])
         done = (width <= rules.xtol) | stuck
@@ -326,9 +324,7 @@ def search(
     """
     if mode not in ("search", "scan"):
         raise ValueError(f"mode must be 'search' or 'scan', got {mode!r}")
-    rules = _Rules(
-        loss0, threshold, xtol, log_cap, slope, max_evaluations, scan_span, scan_points
-    )
+    rules = _Rules(loss0, threshold, xtol, log_cap, slope, max_evaluations, scan_span, scan_points)
     starts = torch.as_tensor(np.ascontiguousarray(start, dtype=np.float64))
     n = starts.numel()
     state = LaneSearch(min(lanes, max(n, 1)), rules)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from .._backend import Backend
 from .._layout import ParameterLayout
@@ -119,10 +119,9 @@ class GeneralEngine:
         self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
         self._theta = torch.empty((plan.chunk, layout.size), device=device, dtype=dtype)
         # With one dtype the named views follow the buffer, so they are made once.
-        self._views = (
-            layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
-        )
-        self._vmapped = torch.func.vmap(self._one, in_dims=(0, None), randomness="error")
+        self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
+        # vmap does not look inside a Batch: its tensors are shared by all rays.
+        self._vmapped = torch.func.vmap(objective.call, in_dims=(0, None), randomness="error")
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
@@ -137,7 +136,7 @@ class GeneralEngine:
         for position, lane in enumerate(lanes):
             self._rays[lane] = (rays, position)
         if self._rows is None and rays.preconditioner is None:
-            scratch = torch.empty((1, self.dim), device=self._theta0.device, dtype=self._theta0.dtype)
+            scratch = torch.empty_like(self._theta0)[None]
             norm, dot = np.empty(count), np.empty(count)
             for i in range(count):
                 norm[i : i + 1], dot[i : i + 1] = self._backend.normals(
@@ -283,25 +282,12 @@ class GeneralEngine:
             c = torch.as_tensor(coefficient, device=theta.device, dtype=theta.dtype)
             torch.addcmul(self._theta0, picked, c[:, None], out=theta)
 
-    def _one(self, parameters: dict[str, Tensor], batch: Batch) -> Any:
-        return functional_call(
-            self._objective.module, parameters, (batch.args, batch.kwargs, batch.target)
-        )
-
     def _evaluate(self, batch: Batch, count: int) -> Float:
         if self._plan.chunk == 1:
             views = self._views or self._layout.unflatten(self._theta[0], PREFIX)
             return np.array([as_float(self._objective.call(views, batch))])
         views = self._layout.unflatten(self._theta[:count], PREFIX)
-        try:
-            values = self._vmapped(views, _Opaque(batch))
-        except FastvolError:
-            raise
-        except Exception as error:
-            raise FastvolError(
-                f"loss_fn (or the model inside it) raised {type(error).__name__}: {error}"
-            ) from error
-        return _as_floats(values, count)
+        return _as_floats(self._vmapped(views, batch), count)
 
     def _evaluate_with_grad(self, batch: Batch, count: int) -> tuple[Float, Tensor]:
         layout = self._layout
@@ -313,20 +299,13 @@ class GeneralEngine:
             return np.array([as_float(value)]), slope[None]
 
         def flat_loss(theta: Tensor) -> Tensor:
-            value: Tensor = self._one(layout.unflatten(theta, PREFIX), batch)
+            value: Tensor = self._objective.call(layout.unflatten(theta, PREFIX), batch)
             return value
 
         slopes, values = torch.func.vmap(grad_and_value(flat_loss), randomness="error")(
             self._theta[:count]
         )
         return _as_floats(values, count), slopes
-
-
-class _Opaque:
-    """A batch that ``vmap`` carries without looking inside: its tensors are shared by all rays."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.args, self.kwargs, self.target = batch.args, batch.kwargs, batch.target
 
 
 def _as_floats(values: Any, count: int) -> Float:
@@ -400,7 +379,8 @@ def measure_plan(
                 break
         return best / chunk, values
 
-    most = max(1, min(block, rays, _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)))
+    affordable = _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)
+    most = max(1, min(block, rays, affordable))
     if lanes is not None:
         most = min(most, lanes)
     single, reference = seconds_per_ray(1)

@@ -317,7 +317,7 @@ def _scan(
         mode="scan",
         **_search_options(problem, pilot, threshold),
     )
-    found = reentrant.astype(bool)
+    found: npt.NDArray[np.bool_] = reentrant.astype(np.bool_)
     rays.log_radii[ids[found]] = log_radius[found]
     rays.status[ids[found]] = status[found]
     rays.audited[ids] = True
@@ -353,8 +353,10 @@ def _audit(
     while True:
         weights = _weights(problem, rays)
         order = np.argsort(-weights, kind="stable")
-        share = np.exp(weights[order] - weights[order[0]]) if np.isfinite(weights[order[0]]) else (
-            np.zeros(n)
+        share = (
+            np.exp(weights[order] - weights[order[0]])
+            if np.isfinite(weights[order[0]])
+            else (np.zeros(n))
         )
         total = float(share.sum())
         if total == 0:
