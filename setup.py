@@ -1,4 +1,4 @@
-"""Builds the C++ extension ``fastvol._core`` by driving CMake; all metadata is in pyproject.toml."""
+"""Builds the C++ extension ``fastvol._core`` with CMake; all metadata is in pyproject.toml."""
 
 import os
 import shutil

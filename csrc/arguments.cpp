@@ -54,8 +54,7 @@ py::array array_argument(py::handle value, const char* name,
                          std::initializer_list<py::ssize_t> shape, const char* shape_text,
                          bool writable) {
     if (!py::isinstance<py::array>(value)) {
-        throw py::type_error(std::string(name) + " must be a NumPy array, got " +
-                             type_name(value));
+        throw py::type_error(std::string(name) + " must be a NumPy array, got " + type_name(value));
     }
     auto array = py::reinterpret_borrow<py::array>(value);
     bool fits = array.ndim() == static_cast<py::ssize_t>(shape.size());

@@ -57,8 +57,7 @@ std::span<const T> input_span(py::handle value, const char* name,
 // None gives an empty span.
 template <typename T>
 std::span<const T> optional_span(py::handle value, const char* name,
-                                 std::initializer_list<py::ssize_t> shape,
-                                 const char* shape_text) {
+                                 std::initializer_list<py::ssize_t> shape, const char* shape_text) {
     if (value.is_none()) return {};
     return input_span<T>(value, name, shape, shape_text);
 }

@@ -25,8 +25,9 @@ py::tuple state_of(const LogMeanExp& self) {
 
 LogMeanExp from_state(const py::tuple& state) {
     if (state.size() != 4) {
-        throw py::value_error("state must be the tuple (count, log_max, mean, m2), got a tuple of " +
-                              std::to_string(state.size()));
+        throw py::value_error(
+            "state must be the tuple (count, log_max, mean, m2), got a tuple of " +
+            std::to_string(state.size()));
     }
     const std::int64_t count =
         integer_argument(state[0], "state[0]", 0, std::numeric_limits<std::int64_t>::max());
@@ -66,7 +67,7 @@ Chan, Golub and LeVeque (1979); any order of updates and merges agrees to roundi
                                "log of the mean weight; -inf where all weights are zero, nan "
                                "without weights.")
         .def_property_readonly("stderr", &LogMeanExp::stderr_log_mean,
-                               "Standard error of log_mean (delta method), in nats; nan below two "
+                               "Standard error of log_mean (delta method), in nats; inf below two "
                                "weights or where all are zero.")
         .def_property_readonly("ess", &LogMeanExp::ess,
                                "Effective sample size (sum w)^2 / sum w^2; 0 where all weights "

@@ -1,5 +1,4 @@
 #include <limits>
-#include <vector>
 
 #include "arguments.hpp"
 #include "core/noise.hpp"
@@ -63,9 +62,8 @@ py::array_t<std::uint32_t> philox_binding(py::handle seed, py::handle stream, py
 }
 
 template <typename Real>
-void run_normals(const Directions& directions, py::array& out, py::handle scale,
-                 py::handle project, unsigned threads, std::span<double> norm,
-                 std::span<double> dot) {
+void run_normals(const Directions& directions, py::array& out, py::handle scale, py::handle project,
+                 unsigned threads, std::span<double> norm, std::span<double> dot) {
     const auto d = static_cast<py::ssize_t>(directions.dimension);
     const std::span<Real> out_span = output_span<Real>(out);
     const auto scale_span = optional_span<Real>(scale, "scale", {d}, "[d]");
@@ -106,8 +104,7 @@ void perturb_binding(py::handle out_value, py::handle theta0, py::handle coeffic
     py::array out = out_argument(out_value);
     const Directions directions = directions_argument(out, seed, stream, ids, antithetic);
     const unsigned threads = threads_argument(threads_value);
-    const auto coefficients =
-        input_span<double>(coefficient, "coefficient", {out.shape(0)}, "[k]");
+    const auto coefficients = input_span<double>(coefficient, "coefficient", {out.shape(0)}, "[k]");
     const auto run = holds<float>(out) ? run_perturb<float> : run_perturb<double>;
     run(directions, out, theta0, coefficients, scale, threads);
 }

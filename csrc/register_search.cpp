@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string_view>
 
 #include "arguments.hpp"
 #include "core/lane_loop.hpp"
@@ -15,25 +17,34 @@ py::array_t<T> copy_of(std::span<const T> values) {
 std::string described(py::handle value) {
     const auto type = py::str(py::type::of(value).attr("__qualname__")).cast<std::string>();
     if (!py::isinstance<py::array>(value)) return type;
-    return type + " of shape " + py::str(value.attr("shape")).cast<std::string>() +
-           " and dtype " + py::str(value.attr("dtype")).cast<std::string>();
+    return type + " of shape " + py::str(value.attr("shape")).cast<std::string>() + " and dtype " +
+           py::str(value.attr("dtype")).cast<std::string>();
 }
 
-// Reads one array that the engine returned; kinds are the NumPy dtype kinds taken.
-template <typename T>
-void read_returned(py::handle value, const char* what, std::string_view kinds, std::span<T> into) {
-    const std::string wanted =
-        std::string(what) + " [" + std::to_string(into.size()) + "], one entry a lane";
-    py::array array = py::array::ensure(value);
-    if (!array || kinds.find(array.dtype().kind()) == std::string_view::npos) {
-        PyErr_Clear();
-        throw py::type_error("engine.loss must return " + wanted + ", got " + described(value));
+// value as an array whose dtype is of one of the kinds, NumPy's letters.
+py::array as_array(py::handle value, const std::string& wanted, std::string_view kinds) {
+    const std::string message = "engine.loss must return " + wanted + ", got " + described(value);
+    py::array array;
+    try {
+        array = py::module_::import("numpy").attr("asarray")(value);
+    } catch (py::error_already_set& error) {
+        py::raise_from(error, PyExc_TypeError, message.c_str());
+        throw py::error_already_set();
     }
+    if (kinds.find(array.dtype().kind()) == std::string_view::npos) throw py::type_error(message);
+    return array;
+}
+
+// Reads one array that the engine returned.
+template <typename T>
+void read_returned(py::handle value, const char* dtype, std::string_view kinds, std::span<T> into) {
+    const std::string wanted =
+        std::string(dtype) + " [" + std::to_string(into.size()) + "], one entry a lane";
+    const py::array array = as_array(value, wanted, kinds);
     if (array.ndim() != 1 || array.shape(0) != static_cast<py::ssize_t>(into.size())) {
         throw py::value_error("engine.loss must return " + wanted + ", got " + described(array));
     }
-    const auto converted = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(array);
-    if (!converted) throw py::error_already_set();
+    const py::array_t<T, py::array::c_style | py::array::forcecast> converted(array);
     std::copy(converted.data(), converted.data() + into.size(), into.begin());
 }
 
@@ -113,8 +124,8 @@ SearchOptions options_argument(double loss0, double threshold, double xtol, doub
 
 py::tuple search_binding(const py::object& engine, py::handle start_value, py::handle lanes_value,
                          const std::string& mode_name, double loss0, double threshold, double xtol,
-                         double log_cap, double slope, py::handle max_evaluations,
-                         double scan_span, py::handle scan_points) {
+                         double log_cap, double slope, py::handle max_evaluations, double scan_span,
+                         py::handle scan_points) {
     const auto start = input_span<double>(start_value, "start", {any_size}, "[n]");
     for (const double x : start) {
         if (!std::isfinite(x)) wrong_value("start", "finite (log radii)", x);
@@ -130,11 +141,10 @@ py::tuple search_binding(const py::object& engine, py::handle start_value, py::h
     py::array_t<std::int32_t> evaluations(n);
     py::array_t<std::uint8_t> reentrant(n);
     static_assert(sizeof(Status) == sizeof(std::uint8_t));
-    const SearchResults results{
-        output_span<double>(log_radius),
-        {reinterpret_cast<Status*>(status.mutable_data()), start.size()},
-        output_span<std::int32_t>(evaluations),
-        output_span<std::uint8_t>(reentrant)};
+    const SearchResults results{output_span<double>(log_radius),
+                                {reinterpret_cast<Status*>(status.mutable_data()), start.size()},
+                                output_span<std::int32_t>(evaluations),
+                                output_span<std::uint8_t>(reentrant)};
     PythonEngine adapter(engine);
     {
         const py::gil_scoped_release released;

@@ -1,17 +1,12 @@
-// Compiles a hot function for several instruction sets and picks one when the library is loaded.
+// Compiles a hot function for several instruction sets, of which the loader picks one.
+//
+// The build defines FASTVOL_HAS_TARGET_CLONES where compiler and loader can do that. The versions
+// give the same bits: the build also forbids contraction to fused multiply-adds.
 #pragma once
 
-#include <cstdlib>  // defines __GLIBC__, whose loader the choice rests on
-
-#if defined(__has_attribute) && defined(__x86_64__) && defined(__linux__) && \
-    defined(__GLIBC__) && !defined(FASTVOL_SANITIZE)
-// The sanitizers start after the loader has made the choice.
-#if __has_attribute(target_clones)
+#ifdef FASTVOL_HAS_TARGET_CLONES
 #define FASTVOL_VERSIONS \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-#endif
-
-#ifndef FASTVOL_VERSIONS
+#else
 #define FASTVOL_VERSIONS
 #endif

@@ -14,8 +14,7 @@ class Engine {
     virtual ~Engine() = default;
 
     // Lane lanes[j] carries item items[j] from now on.
-    virtual void load(std::span<const std::int64_t> lanes,
-                      std::span<const std::int64_t> items) = 0;
+    virtual void load(std::span<const std::int64_t> lanes, std::span<const std::int64_t> items) = 0;
 
     // Writes the loss of lane lanes[j] at radius radii[j]; outside[j] = 1 where that loss is only
     // a lower bound, already above the threshold. outside comes in as zeros.

@@ -62,7 +62,9 @@ void LogMeanExp::update(std::span<const double> log_weights) {
     }
 }
 
-void LogMeanExp::merge(const LogMeanExp& other) { state_ = merged(state_, other.state_); }
+void LogMeanExp::merge(const LogMeanExp& other) {
+    state_ = merged(state_, other.state_);
+}
 
 double LogMeanExp::log_mean() const {
     if (state_.count == 0) return nan;
@@ -70,7 +72,7 @@ double LogMeanExp::log_mean() const {
 }
 
 double LogMeanExp::stderr_log_mean() const {
-    if (state_.count < 2 || state_.log_max == -inf) return nan;
+    if (state_.count < 2 || state_.log_max == -inf) return inf;
     const auto n = static_cast<double>(state_.count);
     return std::sqrt(state_.m2 / (n * (n - 1.0))) / state_.mean;
 }

@@ -27,7 +27,7 @@ class LogMeanExp {
     std::int64_t count() const { return state_.count; }
     // nan without weights, -inf where all are zero.
     double log_mean() const;
-    // Standard error of log_mean, by the delta method; nan below two weights or where all are zero.
+    // Standard error of log_mean, by the delta method; inf below two weights or where all are zero.
     double stderr_log_mean() const;
     // (sum w)^2 / sum w^2; 0 where all weights are zero.
     double ess() const;

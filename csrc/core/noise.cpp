@@ -80,9 +80,9 @@ void for_tiles(const VectorKey& key, const Chunk& chunk, Body&& body) {
     alignas(64) std::array<Real, tile_size> z;
     for (std::int64_t begin = chunk.begin; begin < chunk.end; begin += tile_size) {
         const auto n = static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin));
-        const int blocks = std::min((n + 4 * kernels::block_step - 1) / (4 * kernels::block_step) *
-                                        kernels::block_step,
-                                    kernels::tile_blocks);
+        const int blocks = std::min(
+            (n + 4 * kernels::block_step - 1) / (4 * kernels::block_step) * kernels::block_step,
+            kernels::tile_blocks);
         kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), blocks, z.data());
         std::fill(z.begin() + n, z.end(), Real{0});
         body(z.data(), begin, n);
@@ -125,20 +125,19 @@ void normals(const Directions& directions, std::span<const Real> scale,
         Real* row = out.data() + static_cast<std::int64_t>(unit.row) * d;
         Sums square_sums{};
         Sums product_sums{};
-        for_tiles<Real>(
-            vector_of(directions, unit.row), chunk,
-            [&](const Real* z, std::int64_t begin, int n) {
-                kernels::add_squares(z, square_sums.data());
-                if (!project.empty()) {
-                    add_products_of_part(z, project.data() + begin, n, product_sums);
-                }
-                const auto factor = static_cast<Real>(sign);
-                const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
-                kernels::write_scaled(z, factor, tile_scale, n, row + begin);
-                if (unit.pair) {
-                    kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
-                }
-            });
+        for_tiles<Real>(vector_of(directions, unit.row), chunk,
+                        [&](const Real* z, std::int64_t begin, int n) {
+                            kernels::add_squares(z, square_sums.data());
+                            if (!project.empty()) {
+                                add_products_of_part(z, project.data() + begin, n, product_sums);
+                            }
+                            const auto factor = static_cast<Real>(sign);
+                            const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                            kernels::write_scaled(z, factor, tile_scale, n, row + begin);
+                            if (unit.pair) {
+                                kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
+                            }
+                        });
         squares[index] = total(square_sums);
         if (!project.empty()) products[index] = sign * total(product_sums);
     });
@@ -164,21 +163,21 @@ void perturb(const Directions& directions, std::span<const Real> theta0,
              std::span<const double> coefficient, std::span<const Real> scale, unsigned threads,
              std::span<Real> out) {
     const std::int64_t d = directions.dimension;
-    for_chunks(units_of(directions), d, threads,
-               [&](const Unit& unit, const Chunk& chunk, std::size_t) {
-        for_tiles<Real>(
-            vector_of(directions, unit.row), chunk,
-            [&](const Real* z, std::int64_t begin, int n) {
-                const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
-                for (std::size_t row = unit.row; row <= unit.row + (unit.pair ? 1 : 0); ++row) {
-                    const auto factor =
-                        static_cast<Real>(sign_of(directions, row) * coefficient[row]);
-                    kernels::write_perturbed(z, factor, tile_scale, theta0.data() + begin, n,
-                                             out.data() + static_cast<std::int64_t>(row) * d +
-                                                 begin);
-                }
-            });
-    });
+    for_chunks(
+        units_of(directions), d, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t) {
+            for_tiles<Real>(
+                vector_of(directions, unit.row), chunk,
+                [&](const Real* z, std::int64_t begin, int n) {
+                    const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                    for (std::size_t row = unit.row; row <= unit.row + (unit.pair ? 1 : 0); ++row) {
+                        const auto factor =
+                            static_cast<Real>(sign_of(directions, row) * coefficient[row]);
+                        kernels::write_perturbed(
+                            z, factor, tile_scale, theta0.data() + begin, n,
+                            out.data() + static_cast<std::int64_t>(row) * d + begin);
+                    }
+                });
+        });
 }
 
 template void normals<float>(const Directions&, std::span<const float>, std::span<const double>,

@@ -169,9 +169,13 @@ FASTVOL_VERSIONS void fill_tile(const VectorKey& key, std::uint32_t first_block,
     fill(key, first_block, blocks, z);
 }
 
-FASTVOL_VERSIONS void add_squares(const float* z, double* sums) { fold(z, z, sums); }
+FASTVOL_VERSIONS void add_squares(const float* z, double* sums) {
+    fold(z, z, sums);
+}
 
-FASTVOL_VERSIONS void add_squares(const double* z, double* sums) { fold(z, z, sums); }
+FASTVOL_VERSIONS void add_squares(const double* z, double* sums) {
+    fold(z, z, sums);
+}
 
 FASTVOL_VERSIONS void add_products(const float* z, const double* weight, double* sums) {
     fold(z, weight, sums);

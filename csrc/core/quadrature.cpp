@@ -63,10 +63,9 @@ FASTVOL_VERSIONS double weighted_sum(const Rule& rule, const Exponent& h, double
     alignas(64) double terms[nodes];
     for (int i = 0; i < nodes; ++i) {
         const double u = end * rule.node[static_cast<std::size_t>(i)];
-        const double value =
-            u * h.slope + (h.power * log1p_minus(u) - 0.5 * h.square * (u * u));
-        terms[i] = rule.weight[static_cast<std::size_t>(i)] *
-                   exponential(value < -700.0 ? -700.0 : value);
+        const double value = u * h.slope + (h.power * log1p_minus(u) - 0.5 * h.square * (u * u));
+        terms[i] =
+            rule.weight[static_cast<std::size_t>(i)] * exponential(value < -700.0 ? -700.0 : value);
     }
     double sums[8] = {};
     for (int i = 0; i < nodes; i += 8) {

@@ -19,7 +19,9 @@ bool on_log_scale(const SearchOptions& options, double loss) {
     return loss > options.loss0 && options.threshold > options.loss0;
 }
 
-double linear_scale(const SearchOptions& options, double loss) { return loss - options.threshold; }
+double linear_scale(const SearchOptions& options, double loss) {
+    return loss - options.threshold;
+}
 
 }  // namespace
 
@@ -114,7 +116,8 @@ void RaySearch::refine(const SearchOptions& options) {
 
     double root = middle;
     if (outside_.interpolable) {
-        const bool log = on_log_scale(options, inside_.loss) && on_log_scale(options, outside_.loss);
+        const bool log =
+            on_log_scale(options, inside_.loss) && on_log_scale(options, outside_.loss);
         const auto scale = log ? log_scale : linear_scale;
         const double f_inside = scale(options, inside_.loss);
         const double f_outside = scale(options, outside_.loss);
@@ -158,8 +161,8 @@ double RaySearch::trial(const SearchOptions& options, double root, double middle
     const double phi = (fa - fb) / (fc - fb);
     const bool monotone = phi * phi < xi && (1.0 - phi) * (1.0 - phi) < 1.0 - xi;
     if (!monotone) return middle;
-    const double t = fa / (fb - fa) * (fc / (fb - fc)) +
-                     (c - a) / (b - a) * (fa / (fc - fa)) * (fb / (fc - fb));
+    const double t =
+        fa / (fb - fa) * (fc / (fb - fc)) + (c - a) / (b - a) * (fa / (fc - fa)) * (fb / (fc - fb));
     const double x = a + t * (b - a);
     return std::isfinite(x) ? x : middle;
 }

@@ -24,12 +24,12 @@ enum class SearchMode {
 };
 
 struct SearchOptions {
-    double loss0;                // loss at the centre of the ray
-    double threshold;            // >= loss0
-    double xtol;                 // width of the final bracket in log radius, > 0
-    double log_cap;              // inside up to here is unbounded
-    double slope;                // typical d log(excess loss) / d log(radius), > 0
-    int max_evaluations = 200;   // a search that has spent them fails
+    double loss0;                           // loss at the centre of the ray
+    double threshold;                       // >= loss0
+    double xtol;                            // width of the final bracket in log radius, > 0
+    double log_cap;                         // inside up to here is unbounded
+    double slope;                           // typical d log(excess loss) / d log(radius), > 0
+    int max_evaluations = 200;              // a search that has spent them fails
     double scan_span = 2.0794415416798357;  // a scan starts this far below the known log radius
     int scan_points = 32;
 };

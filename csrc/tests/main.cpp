@@ -1,0 +1,20 @@
+#include <cstdio>
+
+#include "tests/check.hpp"
+
+namespace fastvol::tests {
+void test_noise();
+void test_search();
+void test_radial();
+void test_log_mean_exp();
+}  // namespace fastvol::tests
+
+int main() {
+    using namespace fastvol::tests;
+    test_noise();
+    test_search();
+    test_radial();
+    test_log_mean_exp();
+    if (failures > 0) std::fprintf(stderr, "%d checks failed\n", failures);
+    return failures > 0 ? 1 : 0;
+}
