@@ -161,11 +161,12 @@ def estimate(  # type: ignore[misc]
     _refuse_later(preconditioner, noise, checkpoint, on_interrupt)
     engines.check_name(_string(engine, "engine"))
     chosen_backend = _backend.select(_string(backend, "backend"))
-    count = _whole(n, "n", least=1)
+    count = _whole(n, "n", least=1, below=2**63)
     seed = _whole(seed, "seed", least=0, below=2**64)
     _whole(replicates, "replicates", least=1)
     tolerance = None if _is_auto(rtol) else _positive(rtol, "rtol", most=0.5)
     lane_count = None if _is_auto(lanes) else _whole(lanes, "lanes", least=1)
+    given_plan = None if plan is None else _read_plan(plan, chosen_backend)
     paired = False if _is_auto(antithetic) else _boolean(antithetic, "antithetic")
     first_crossing = _boolean(first_crossing, "first_crossing")
     progress = _boolean(progress, "progress")
@@ -187,7 +188,7 @@ def estimate(  # type: ignore[misc]
     if isinstance(measure, Gaussian):
         layout.expand(measure.std, "std")
 
-    with preserved(inner), _Threads(plan), _quiet_vmap():
+    with preserved(inner), _Threads(given_plan), _quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0)
@@ -223,29 +224,31 @@ def estimate(  # type: ignore[misc]
             callbacks=calls,
             began=began,
         )
-        chosen, fell_back = _choose_plan(problem, plan, lane_count)
+        chosen, fell_back = _choose_plan(problem, given_plan, lane_count)
+        torch.set_num_threads(chosen.threads)
         problem = _with_plan(problem, chosen, fell_back)
         results = run_method(problem)
     return results[0] if single else results
 
 
-_NO_PLAN = Plan("general", 1, 1, True, "float32", 1, "torch")
+_NO_PLAN = Plan("general", 1, 1, True, "float32", 1, 1, "torch")
 
 
-def _choose_plan(
-    problem: Problem, plan: Mapping[str, Any] | None, lanes: int | None
-) -> tuple[Plan, str | None]:
+def _read_plan(plan: Any, backend: _backend.Backend) -> Plan:
+    if not isinstance(plan, Mapping):
+        raise TypeError(f"plan must be the plan of a result, got {type(plan).__name__}")
+    read = Plan.from_description(plan)
+    if read.backend != backend.name:
+        raise ValueError(
+            f"plan was made with backend={read.backend!r}, this run has {backend.name!r}"
+        )
+    return read
+
+
+def _choose_plan(problem: Problem, plan: Plan | None, lanes: int | None) -> tuple[Plan, str | None]:
     if plan is not None:
-        if not isinstance(plan, Mapping):
-            raise TypeError(f"plan must be the plan of a result, got {type(plan).__name__}")
-        chosen = Plan.from_description(plan)
-        if chosen.backend != problem.backend.name:
-            raise ValueError(
-                f"plan was made with backend={chosen.backend!r}, this run has "
-                f"{problem.backend.name!r}"
-            )
-        return chosen, None
-    chosen, _, trouble = measure_plan(
+        return plan, None
+    chosen, trouble = measure_plan(
         problem.objective,
         problem.layout,
         problem.ray_scale,
@@ -310,12 +313,12 @@ def _config(
 class _Threads:
     """PyTorch's thread count as a given plan asks, and as it was afterwards."""
 
-    def __init__(self, plan: Mapping[str, Any] | None) -> None:
-        self._wanted = plan.get("threads") if isinstance(plan, Mapping) else None
+    def __init__(self, plan: Plan | None) -> None:
+        self._wanted = None if plan is None else plan.threads
 
     def __enter__(self) -> None:
         self._before = torch.get_num_threads()
-        if isinstance(self._wanted, int) and self._wanted != self._before:
+        if self._wanted is not None and self._wanted != self._before:
             torch.set_num_threads(self._wanted)
 
     def __exit__(self, *exception: object) -> None:
@@ -367,10 +370,13 @@ def _numbers(value: Any, name: str) -> tuple[list[float], bool]:
             raise ValueError(f"{name} is an empty sequence")
     result = []
     for entry in entries:
-        if isinstance(entry, (bool, np.bool_, str, bytes)):
+        # NumPy would drop an imaginary part with no more than a warning.
+        if isinstance(entry, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
             raise TypeError(f"{name} must be numbers, got {entry!r}")
         try:
             number = float(entry)
+        except OverflowError as error:
+            raise ValueError(f"{name} must be finite, got a whole number too large") from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be numbers, got {type(entry).__name__}") from error
         if not math.isfinite(number):
@@ -384,7 +390,7 @@ def _refuse_later(preconditioner: Any, noise: Any, checkpoint: Any, on_interrupt
         raise NotAvailableError(
             "preconditioner= belongs to method='preconditioned', which is not part of this version"
         )
-    if noise == "rowspace":
+    if _string(noise, "noise") == "rowspace":
         raise NotAvailableError("noise='rowspace' is not part of this version; use noise='full'")
     if noise != "full":
         raise ValueError(f"noise must be 'full' or 'rowspace', got {noise!r}")
@@ -392,7 +398,7 @@ def _refuse_later(preconditioner: Any, noise: Any, checkpoint: Any, on_interrupt
         raise NotAvailableError(
             "checkpoint= is not part of this version; save the result with result.save(path)"
         )
-    if on_interrupt == "return":
+    if _string(on_interrupt, "on_interrupt") == "return":
         raise NotAvailableError("on_interrupt='return' is not part of this version")
     if on_interrupt != "raise":
         raise ValueError(f"on_interrupt must be 'raise' or 'return', got {on_interrupt!r}")
@@ -417,9 +423,13 @@ def _boolean(value: Any, name: str) -> bool:
 def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if not math.isfinite(value) or value != math.floor(value):
+    exact: Any = value  # typeshed's Real knows neither floor nor comparison
+    try:
+        whole = int(math.floor(exact))
+    except (OverflowError, ValueError):  # infinite, NaN
+        raise ValueError(f"{name} must be a whole number, got {value}") from None
+    if exact != whole:
         raise ValueError(f"{name} must be a whole number, got {value}")
-    whole = math.floor(value)
     if whole < least or (below is not None and whole >= below):
         bound = f"at least {least}" + ("" if below is None else f" and below {below}")
         raise ValueError(f"{name} must be {bound}, got {whole}")
@@ -429,10 +439,10 @@ def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> in
 def _positive(value: Any, name: str, *, most: float) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be 'auto' or a number, got {value!r}")
-    number = float(value)
+    number: Any = value
     if not 1e-15 <= number <= most:
         raise ValueError(f"{name} must lie between 1e-15 and {most}, got {number}")
-    return number
+    return float(number)
 
 
 def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:
@@ -450,7 +460,7 @@ def _check_device(device: Any, own: torch.device) -> None:
         return
     try:
         wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"device {device!r} is not a device: {error}") from error
     if wanted.type != own.type or wanted.index not in (None, own.index or 0):
         raise ValueError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import FastvolError
+
 ParameterSelector = Iterable[str] | str | Callable[[str, nn.Parameter], bool] | None
 
 
@@ -108,18 +110,24 @@ class ParameterLayout:
             if value.is_complex() or value.numel() not in (1, self.size):
                 raise ValueError(
                     f"{argument} must be a real tensor with one entry or {self.size} entries (one "
-                    f"per moved coordinate), got shape {tuple(value.shape)}"
+                    f"per moved coordinate), got {value.dtype} of shape {tuple(value.shape)}"
                 )
+            if value.is_meta or value.layout != torch.strided:
+                raise ValueError(f"{argument} must be a dense tensor that holds values")
             flat = value.detach().to("cpu", torch.float64).reshape(-1).expand(self.size).clone()
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat = torch.full((self.size,), float(value), dtype=torch.float64)
+            flat = torch.full((self.size,), _as_float(value), dtype=torch.float64)
         else:
             raise TypeError(
                 f"{argument} must be a number, a mapping from parameter name to values, or a "
                 f"tensor, got {type(value).__name__}"
             )
-        if not bool(torch.isfinite(flat).all()) or not bool((flat > 0).all()):
-            raise ValueError(f"{argument} must be positive and finite in every coordinate")
+        # What underflows in the working dtype could not move.
+        working = flat.to(self.dtype)
+        if not bool(torch.isfinite(working).all()) or not bool((working > 0).all()):
+            raise ValueError(
+                f"{argument} must be positive and finite in every coordinate, as {self.dtype}"
+            )
         return flat
 
     def _expand_mapping(self, value: Mapping[str, Any], argument: str) -> Tensor:
@@ -134,9 +142,12 @@ class ParameterLayout:
         flat = torch.empty(self.size, dtype=torch.float64)
         for segment in self.segments:
             try:
-                entry = torch.as_tensor(value[segment.name], dtype=torch.float64).detach().cpu()
+                given = value[segment.name]
+                if torch.as_tensor(given).is_complex():
+                    raise TypeError("it is complex")
+                entry = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
                 entry = entry.expand(segment.shape)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"{argument}[{segment.name!r}] must be a number or broadcast to shape "
                     f"{tuple(segment.shape)}: {error}"
@@ -158,11 +169,16 @@ def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Par
     if parameters is None:
         return {name: p for name, p in everything.items() if p.requires_grad and p.numel() > 0}
     if callable(parameters):
-        return {
-            name: p
-            for name, p in everything.items()
-            if p.requires_grad and p.numel() > 0 and parameters(name, p)
-        }
+        try:
+            return {
+                name: p
+                for name, p in everything.items()
+                if p.requires_grad and p.numel() > 0 and parameters(name, p)
+            }
+        except Exception as error:
+            raise FastvolError(
+                f"parameters: the predicate raised {type(error).__name__}: {error}"
+            ) from error
     patterns = [parameters] if isinstance(parameters, str) else parameters
     if not isinstance(patterns, Iterable):
         raise TypeError(
@@ -186,6 +202,13 @@ def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Par
             )
         wanted |= matches
     return {name: p for name, p in everything.items() if name in wanted and p.numel() > 0}
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -33,7 +34,10 @@ class Lebesgue:
             raise TypeError(f"max_radius must be a number, got {type(self.max_radius).__name__}")
         if not self.max_radius > 0:
             raise ValueError(f"max_radius must be positive, got {self.max_radius}")
-        object.__setattr__(self, "max_radius", float(self.max_radius))
+        try:
+            object.__setattr__(self, "max_radius", float(self.max_radius))
+        except OverflowError as error:
+            raise ValueError("max_radius is too large for a float; use math.inf") from error
 
     def describe(self) -> dict[str, Any]:
         """The measure as JSON-ready values, for the config of a result."""
@@ -75,7 +79,7 @@ class Gaussian:
                 f"tensor, got {type(self.std).__name__}"
             )
         if isinstance(self.std, (int, float)):
-            if not (math.isfinite(self.std) and self.std > 0):
+            if not 0 < self.std <= sys.float_info.max:
                 raise ValueError(f"std must be positive and finite, got {self.std}")
             object.__setattr__(self, "std", float(self.std))
 
@@ -86,7 +90,7 @@ class Gaussian:
             std = self.std
         elif isinstance(self.std, Mapping):
             std = {
-                name: value.tolist() if isinstance(value, torch.Tensor) else float(value)
+                name: torch.as_tensor(value, dtype=torch.float64).tolist()
                 for name, value in self.std.items()
             }
         else:

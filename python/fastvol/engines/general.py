@@ -29,6 +29,8 @@ _ROWS_BYTES = 512 << 20
 # Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
 _CHUNK_BYTES = 256 << 20
 _SINGLE_LANES = 4
+# Chunks, lanes, threads or directions per block beyond this are a mistake in a plan.
+_MOST_COUNTED = 2**16
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Plan:
         keep_rows: whether the noise of a ray is kept between its evaluations.
         dtype: the working dtype of the moved parameters.
         threads: PyTorch's intra-op threads.
+        noise_threads: threads that make the noise; the noise does not depend on them.
         backend: who runs the loop and makes the noise.
         block: directions per block.
         reason: why this chunk, in words.
@@ -53,6 +56,7 @@ class Plan:
     keep_rows: bool
     dtype: str
     threads: int
+    noise_threads: int
     backend: str
     block: int = 1024
     reason: str = ""
@@ -69,9 +73,18 @@ class Plan:
             ValueError: naming ``plan``.
         """
         try:
-            return cls(**description)
+            plan = cls(**description)
         except TypeError as error:
             raise ValueError(f"plan is not the plan of a result: {error}") from error
+        if plan.engine != "general":
+            raise ValueError(f"plan has the engine {plan.engine!r}; this version has 'general'")
+        for name in ("chunk", "lanes", "threads", "noise_threads", "block"):
+            count = getattr(plan, name)
+            if type(count) is not int or not 1 <= count <= _MOST_COUNTED:
+                raise ValueError(
+                    f"plan[{name!r}] must be a whole number from 1 to {_MOST_COUNTED}, got {count!r}"
+                )
+        return plan
 
 
 class GeneralEngine:
@@ -131,7 +144,7 @@ class GeneralEngine:
         options: dict[str, Any] = {
             "antithetic": rays.antithetic,
             "project": self._project,
-            "threads": self._plan.threads,
+            "threads": self._plan.noise_threads,
         }
         for position, lane in enumerate(lanes):
             self._rays[lane] = (rays, position)
@@ -262,7 +275,7 @@ class GeneralEngine:
                     rays.ids[position : position + 1],
                     antithetic=rays.antithetic,
                     scale=self._scale,
-                    threads=self._plan.threads,
+                    threads=self._plan.noise_threads,
                 )
             return
         theta = self._theta[:count]
@@ -330,8 +343,11 @@ def measure_plan(
     block: int,
     radius: float,
     rays: int,
-) -> tuple[Plan, float, str | None]:
-    """Chooses chunk and lanes by timing the loss on a few rays at radius ``radius``.
+) -> tuple[Plan, str | None]:
+    """Chooses chunk, lanes and threads by timing the loss on a few rays at radius ``radius``.
+
+    PyTorch's own thread count is the most that is used; small losses are faster on one thread, by
+    far where other work keeps the cores busy.
 
     Args:
         objective, layout, scale, backend: as for :class:`GeneralEngine`.
@@ -341,15 +357,12 @@ def measure_plan(
         rays: how many rays the run has: a short run is not measured for longer than it lasts.
 
     Returns:
-        The plan, the seconds that one ray's loss took, and why vmap was not possible, if so.
+        The plan, and why vmap was not possible, if so. PyTorch's thread count is left changed.
     """
-    threads = torch.get_num_threads()
+    most_threads = torch.get_num_threads()
     bytes_per_ray = layout.size * torch.finfo(layout.dtype).bits // 8
 
-    def engine_for(chunk: int, lane_count: int) -> GeneralEngine:
-        return GeneralEngine(objective, layout, scale, plan_for(chunk, lane_count, ""), backend)
-
-    def plan_for(chunk: int, lane_count: int, reason: str) -> Plan:
+    def plan_for(chunk: int, lane_count: int, threads: int, reason: str = "") -> Plan:
         return Plan(
             engine="general",
             chunk=chunk,
@@ -357,48 +370,54 @@ def measure_plan(
             keep_rows=lane_count * bytes_per_ray <= _ROWS_BYTES,
             dtype=str(layout.dtype).removeprefix("torch."),
             threads=threads,
+            noise_threads=most_threads,
             backend=backend.name,
             block=block,
             reason=reason,
         )
 
-    def seconds_per_ray(chunk: int) -> tuple[float, Float]:
-        engine = engine_for(chunk, chunk)
+    def seconds_per_ray(chunk: int) -> tuple[float, int, Float]:
+        """Of the faster thread count, with that count and the losses."""
+        engine = GeneralEngine(objective, layout, scale, plan_for(chunk, chunk, 1), backend)
         ids = np.arange(chunk)
         engine.load(ids, Indexed(0, ids, stream=_PROBE_STREAM))
         radii = np.full(chunk, radius)
         values = engine.loss(radii).values
-        best = float("inf")
-        spent = 0.0
-        for _ in range(5):
-            began = time.perf_counter()
-            values = engine.loss(radii).values
-            elapsed = time.perf_counter() - began
-            best, spent = min(best, elapsed), spent + elapsed
-            if spent > 0.05:
-                break
-        return best / chunk, values
+        best, best_threads = float("inf"), most_threads
+        for threads in sorted({most_threads, 1}):
+            torch.set_num_threads(threads)
+            spent = 0.0
+            for _ in range(5):
+                began = time.perf_counter()
+                values = engine.loss(radii).values
+                elapsed = time.perf_counter() - began
+                if elapsed < best:
+                    best, best_threads = elapsed, threads
+                spent += elapsed
+                if spent > 0.03:
+                    break
+        return best / chunk, best_threads, values
 
     affordable = _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)
     most = max(1, min(block, rays, affordable))
     if lanes is not None:
         most = min(most, lanes)
-    single, reference = seconds_per_ray(1)
-    best_chunk, best_seconds, trouble = 1, single, None
+    single, threads, reference = seconds_per_ray(1)
+    best_chunk, best_seconds, best_threads, trouble = 1, single, threads, None
     chunk, deadline = 2, time.perf_counter() + max(0.3, 4 * single)
     worse = 0
     while chunk <= most and time.perf_counter() < deadline:
         try:
-            seconds, values = seconds_per_ray(chunk)
+            seconds, threads_here, values = seconds_per_ray(chunk)
         except (FastvolError, TypeError, ValueError, RuntimeError) as error:
             trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
             break
         if not _agree(values[0], reference[0], layout.dtype):
             trouble = f"vmap gave a loss of {values[0]} where one ray alone gave {reference[0]}"
-            best_chunk, best_seconds = 1, single
+            best_chunk, best_seconds, best_threads = 1, single, threads
             break
         if seconds < 0.95 * best_seconds:
-            best_chunk, best_seconds, worse = chunk, seconds, 0
+            best_chunk, best_seconds, best_threads, worse = chunk, seconds, threads_here, 0
         else:
             worse += 1
             if worse == 2:
@@ -413,9 +432,8 @@ def measure_plan(
         reason = f"vmap: {trouble}"
     else:
         reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
-    lane_count = lanes or max(best_chunk, _SINGLE_LANES)
-    plan = plan_for(min(best_chunk, lane_count), lane_count, reason)
-    return plan, best_seconds, trouble
+    lane_count = min(lanes or max(best_chunk, _SINGLE_LANES), block)
+    return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 
 _PROBE_STREAM = 2
