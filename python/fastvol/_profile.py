@@ -115,7 +115,8 @@ class _Single:
         self._dim = dim
         self._sorted = np.sort(log_lengths)
         self.top = float(self._sorted[-1])
-        relative = dim * (self._sorted - self.top) if self.top > -math.inf else self._sorted
+        # Relative to the longest, for precision; where every length is zero there is none.
+        relative = dim * (self._sorted - max(self.top, -1e300))
         self._prefix = [
             np.concatenate([[-math.inf], np.logaddexp.accumulate(power * relative)])
             for power in (1, 2, 3)
@@ -262,6 +263,8 @@ def lebesgue_profile(
         ValueError: an argument has a wrong shape or range, or ``radii`` exceed ``max_radius``.
     """
     rays, lengths = _rays(log_radii, dim, paired, log_norms)
+    if rays.top == -math.inf:
+        raise ValueError("log_radii: every radius is zero")
     limit = _limit(lengths, unbounded, max_radius)
     reach = _reliable_log_radius(rays, lengths, limit)
     if radii is None:
