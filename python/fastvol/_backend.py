@@ -31,7 +31,9 @@ class Backend:
     perturb: Callable[..., None]
     search: Callable[..., Any]
     log_ball_volume: Callable[[int], float]
+    log_radial_lebesgue: Callable[..., Float]
     log_radial_gaussian: Callable[..., Float]
+    LogMeanExp: Callable[[], Any]
 
 
 def select(backend: str) -> Backend:
@@ -85,7 +87,7 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import noise, radial, search
+    from ._reference import accumulate, noise, radial, search
 
     return Backend(
         name="torch",
@@ -93,7 +95,9 @@ def _torch_backend() -> Backend:
         perturb=noise.perturb,
         search=search.search,
         log_ball_volume=radial.log_ball_volume,
+        log_radial_lebesgue=radial.log_radial_lebesgue,
         log_radial_gaussian=radial.log_radial_gaussian,
+        LogMeanExp=accumulate.LogMeanExp,
     )
 
 
@@ -167,5 +171,7 @@ def _cpp_backend(core: Any) -> Backend:
         perturb=perturb,
         search=core.search,
         log_ball_volume=core.log_ball_volume,
+        log_radial_lebesgue=core.log_radial_lebesgue,
         log_radial_gaussian=core.log_radial_gaussian,
+        LogMeanExp=core.LogMeanExp,
     )

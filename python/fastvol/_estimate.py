@@ -425,7 +425,7 @@ def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> in
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     exact: Any = value  # typeshed's Real knows neither floor nor comparison
     try:
-        whole = int(math.floor(exact))
+        whole: int = math.floor(exact)
     except (OverflowError, ValueError):  # infinite, NaN
         raise ValueError(f"{name} must be a whole number, got {value}") from None
     if exact != whole:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Progress:
         n_done, n: directions settled, and asked for.
         threshold: the threshold that is being worked on.
         log_radii: of the directions settled so far, float64 ``[n_done]``.
+        log_volume_metric, stderr: the estimate from them, in metric coordinates, nats; before the
+            audit, and without the verdict on its reliability.
         seconds: since the run began.
     """
 
@@ -35,6 +38,8 @@ class Progress:
     n: int
     threshold: float
     log_radii: npt.NDArray[np.float64]
+    log_volume_metric: float
+    stderr: float
     seconds: float
 
 
@@ -80,29 +85,30 @@ class Problem:
     progress: bool
     callbacks: Sequence[Callable[[Progress], Any]]
     began: float
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def ray_scale(self) -> Tensor:
         """The coordinates in which rays are isotropic: the metric's, or the normal law's own."""
         if isinstance(self.measure, Gaussian):
-            if "std" not in self._cache:
-                self._cache["std"] = self.layout.expand(self.measure.std, "std")
-            std: Tensor = self._cache["std"]
-            return std
+            return self.layout.expand(self.measure.std, "std")
         return self.metric_scale
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """d: coordinates that move."""
         return int((self.ray_scale > 0).sum())
 
-    @property
+    @cached_property
     def offset(self) -> Tensor | None:
         """μ = (centre − θ*) / std for a normal law centred at the origin, else ``None``."""
         if isinstance(self.measure, Gaussian) and self.measure.center == "origin":
             return -self.layout.flatten().to("cpu", torch.float64) / self.ray_scale
         return None
+
+    @property
+    def offset_squared(self) -> float:
+        """‖μ‖², 0 without an offset."""
+        return 0.0 if self.offset is None else float(self.offset.square().sum())
 
     @property
     def typical_radius(self) -> float:

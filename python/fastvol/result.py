@@ -86,12 +86,13 @@ def log_weights(
 ) -> tuple[Float, float]:
     """Log weight of each ray, and the constant that makes their log mean the answer.
 
-    Lebesgue: d·log ρ, and log V_d(1). Gaussian: the log radial integral, and 0 (the term −‖μ‖²/2 of
-    an offset is the caller's).
+    Lebesgue: the log radial integral d·log ρ − log d, and the log area of the unit sphere.
+    Gaussian: the log radial integral, and 0 (the term −‖μ‖²/2 of an offset is the caller's).
     """
     core = formulas()
     if isinstance(measure, Lebesgue):
-        return dim * log_radii, core.log_ball_volume(dim)
+        weights = core.log_radial_lebesgue(dim, np.exp(log_radii))
+        return weights, core.log_ball_volume(dim) + math.log(dim)
     return core.log_radial_gaussian(dim, np.exp(log_radii), shift), 0.0
 
 
@@ -215,13 +216,14 @@ class VolumeEstimate:
             return self.profile().reliable_radius
         if self.reliable and math.isinf(self.measure.max_radius):
             return math.inf
-        return reliable_radius(
+        radius = reliable_radius(
             self.log_radii,
             self.dim,
             paired=self.paired,
             unbounded=self.status == 1,
             max_radius=self.measure.max_radius,
         )
+        return min(radius, self.measure.max_radius)
 
     def profile(self, radii: npt.ArrayLike | None = None, *, level: float = 0.95) -> Profile:
         r"""φ(R) = log vol(S ∩ B_R) − log vol(B_R) from the same radii, for every cap R at once.
@@ -509,7 +511,7 @@ def assemble(
     return VolumeEstimate(
         log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
         log_volume_metric=metric_volume,
-        log_mean_power=statistics.log_mean if lebesgue else math.nan,
+        log_mean_power=statistics.log_mean + math.log(dim) if lebesgue else math.nan,
         stderr=statistics.stderr,
         reliable=reliable,
         warnings=tuple(notes),

@@ -82,7 +82,8 @@ class Plan:
             count = getattr(plan, name)
             if type(count) is not int or not 1 <= count <= _MOST_COUNTED:
                 raise ValueError(
-                    f"plan[{name!r}] must be a whole number from 1 to {_MOST_COUNTED}, got {count!r}"
+                    f"plan[{name!r}] must be a whole number from 1 to {_MOST_COUNTED}, got "
+                    f"{count!r}"
                 )
         return plan
 

@@ -128,6 +128,7 @@ def _run_threshold(
 
     n, block = problem.n, problem.plan.block
     rays = Rays.empty(n)
+    running = problem.backend.LogMeanExp()
     for first in range(0, n, block):
         ids = np.arange(first, min(first + block, n))
         probe_loss.assign(ids)
@@ -141,6 +142,12 @@ def _run_threshold(
         rays.shift[ids] = probe_loss.dot_over_norm
         if problem.first_crossing:
             _scan(problem, probe_loss, pilot, threshold, rays, ids)
+        weights, constant = log_weights(
+            problem.measure, problem.dim, rays.log_radii[ids], rays.shift[ids]
+        )
+        running.update(weights)
+        log_volume = running.log_mean + constant - 0.5 * problem.offset_squared
+        bar.set_postfix_str(f"{log_volume:.4g} ± {running.stderr:.2g} nats", refresh=False)
         bar.update(len(ids))
         for callback in problem.callbacks:
             callback(
@@ -149,6 +156,8 @@ def _run_threshold(
                     n=n,
                     threshold=threshold,
                     log_radii=rays.log_radii[: ids[-1] + 1],
+                    log_volume_metric=log_volume,
+                    stderr=running.stderr,
                     seconds=time.perf_counter() - problem.began,
                 )
             )
@@ -175,7 +184,7 @@ def _run_threshold(
         measure=problem.measure,
         dim=problem.dim,
         log_abs_scale=_log_abs_scale(problem),
-        offset_squared=_offset_squared(problem),
+        offset_squared=problem.offset_squared,
         seeds=(problem.seed,),
         config=config,
         plan=problem.plan.describe(),
@@ -242,7 +251,7 @@ def _measure_log_cap(problem: Problem) -> float:
     if isinstance(problem.measure, Lebesgue):
         return math.log(problem.measure.max_radius)
     # The law's radius is chi-distributed around its centre: beyond √d + 10 lies less than e^−50.
-    return math.log(math.sqrt(_offset_squared(problem)) + math.sqrt(problem.dim) + 10.0)
+    return math.log(math.sqrt(problem.offset_squared) + math.sqrt(problem.dim) + 10.0)
 
 
 def _slope_and_rounding(
@@ -397,8 +406,3 @@ def _weights(problem: Problem, rays: Rays) -> Float:
 def _log_abs_scale(problem: Problem) -> float:
     scale = problem.metric_scale[problem.metric_scale > 0].to(problem.layout.dtype)
     return float(scale.to(torch.float64).log().sum())
-
-
-def _offset_squared(problem: Problem) -> float:
-    offset = problem.offset
-    return 0.0 if offset is None else float(offset.square().sum())
