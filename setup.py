@@ -1,6 +1,8 @@
 """Builds the C++ extension ``fastvol._core`` with CMake; all metadata is in pyproject.toml."""
 
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,13 +11,17 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# Where the packages of these names keep their programs.
+FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
+
 
 def program(name: str) -> str:
-    """Path of a build tool: the one of this Python environment, else the first on PATH."""
-    for folder in (Path(sys.executable).parent, Path(sys.prefix) / "bin"):
-        if (folder / name).exists():
-            return str(folder / name)
-    found = shutil.which(name)
+    """Path of a build tool: that of the Python package if it is there, else the first on PATH."""
+    try:
+        folder = getattr(importlib.import_module(name), FOLDERS[name], None)
+    except ImportError:
+        folder = None
+    found = shutil.which(name, path=folder) or shutil.which(name)
     if found is None:
         raise RuntimeError(f"fastvol's extension is built with {name}: `pip install {name}` first")
     return found
@@ -41,7 +47,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTVOL_MODULE_DIR={target.parent}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
         subprocess.run([program("cmake"), "--build", str(build)], check=True)
