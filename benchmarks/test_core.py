@@ -1,0 +1,75 @@
+"""The C++ core on its own: normals and radial integrals a second."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from .conftest import Report
+
+core = pytest.importorskip("fastvol._core", reason="the C++ core is not built")
+
+_DIM = 235_146
+_ROWS = 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_normals(dtype: str, threads: int, benchmark: Any, report: Report, short: bool) -> None:
+    out = np.empty((_ROWS, _DIM), dtype=dtype)
+    theirs = torch.empty((_ROWS, _DIM), dtype=getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(0)
+    ids = np.arange(_ROWS)
+    seconds: list[float] = []
+    torch_seconds: list[float] = []
+
+    def one_round() -> None:
+        began = time.perf_counter()
+        core.normals(out, 1, 0, ids, threads=threads)
+        middle = time.perf_counter()
+        theirs.normal_(generator=generator)
+        seconds.append(middle - began)
+        torch_seconds.append(time.perf_counter() - middle)
+
+    benchmark.pedantic(one_round, rounds=5 if short else 40, warmup_rounds=1, iterations=1)
+    rate = out.size / median(seconds)
+    ratio = median(b / a for a, b in zip(seconds, torch_seconds, strict=True))
+    payload = {
+        "dtype": dtype,
+        "threads": threads,
+        "normals_per_second": rate,
+        "torch_normal_seconds / seconds": ratio,
+    }
+    benchmark.extra_info.update(payload)
+    report.lines.append(
+        f"Core: {rate / 1e6:.0f} million {dtype} normals a second on {threads} thread(s), with "
+        f"norms; torch's normal_ takes {ratio:.2f} times as long"
+    )
+    report.keep(f"core_normals_{dtype}_threads{threads}", payload)
+
+
+@pytest.mark.parametrize("shift", ["centred", "shifted"])
+@pytest.mark.parametrize("dim", [10, _DIM])
+def test_radial_integrals(
+    dim: int, shift: str, benchmark: Any, report: Report, short: bool
+) -> None:
+    generator = np.random.default_rng(0)
+    n = 1000
+    radii = np.sqrt(dim) * np.exp(0.1 * generator.standard_normal(n))
+    linear = generator.standard_normal(n) if shift == "shifted" else None
+    benchmark.pedantic(
+        lambda: core.log_radial_gaussian(dim, radii, linear),
+        rounds=3 if short else 30,
+        warmup_rounds=1,
+        iterations=1,
+    )
+    rate = n / benchmark.stats.stats.median if benchmark.stats else float("nan")
+    payload = {"dim": dim, "law": shift, "integrals_per_second": rate}
+    benchmark.extra_info.update(payload)
+    report.lines.append(f"Core: {rate:,.0f} radial integrals a second, d = {dim}, {shift} law")
+    report.keep(f"core_radial_{shift}_{dim}", payload)
