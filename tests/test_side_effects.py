@@ -33,7 +33,7 @@ PLAN = {
 N = 12
 
 
-class Boom(Exception):
+class PlannedError(Exception):
     """Raised by a loss or a callback on purpose."""
 
 
@@ -170,7 +170,7 @@ def test_success(name: str) -> None:
     assert observe(model) == before
 
 
-@pytest.mark.parametrize("raised", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("raised", [PlannedError, KeyboardInterrupt])
 @pytest.mark.parametrize("when", ["at once", "after a block"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_raises(name: str, when: str, raised: type[BaseException]) -> None:
@@ -190,12 +190,12 @@ def test_loss_raises(name: str, when: str, raised: type[BaseException]) -> None:
     expected = KeyboardInterrupt if raised is KeyboardInterrupt else fastvol.FastvolError
     with pytest.raises(expected, match="here") as caught:
         fastvol.estimate(model, loss_fn, n=N, data=data, plan=PLAN, callbacks=[arm])
-    if raised is Boom:
-        assert isinstance(caught.value.__cause__, Boom)
+    if raised is PlannedError:
+        assert isinstance(caught.value.__cause__, PlannedError)
     assert observe(model) == before
 
 
-@pytest.mark.parametrize("raised", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("raised", [PlannedError, KeyboardInterrupt])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_callback_raises(backend: str, raised: type[BaseException]) -> None:
     model, loss_fn, data = problem("dropout")
@@ -236,7 +236,7 @@ def test_interrupt_signal(backend: str) -> None:
     assert observe(model) == before
 
 
-@pytest.mark.parametrize("raised", [None, Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("raised", [None, PlannedError, KeyboardInterrupt])
 def test_under_vmap(raised: type[BaseException] | None) -> None:
     model = with_gradients(dropout())
     x, target = torch.randn(6, 3), torch.randint(2, (6,))

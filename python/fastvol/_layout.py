@@ -87,7 +87,7 @@ class ParameterLayout:
         lead = flat.shape[:-1]
         views = {}
         for s in self.segments:
-            view = flat[..., s.start : s.stop].view(*lead, *s.shape)
+            view = flat[..., s.start : s.stop].view(lead + s.shape)
             views[prefix + s.name] = view if s.dtype == self.dtype else view.to(s.dtype)
         return views
 
@@ -167,13 +167,13 @@ class ParameterLayout:
 def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Parameter]:
     everything = dict(model.named_parameters())
     if parameters is None:
-        return {name: p for name, p in everything.items() if p.requires_grad and p.numel() > 0}
+        return {name: p for name, p in everything.items() if p.requires_grad and _has_entries(p)}
     if callable(parameters):
         try:
             return {
                 name: p
                 for name, p in everything.items()
-                if p.requires_grad and p.numel() > 0 and parameters(name, p)
+                if p.requires_grad and _has_entries(p) and parameters(name, p)
             }
         except Exception as error:
             raise FastvolError(
@@ -201,7 +201,12 @@ def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Par
                 "(requires_grad=False); unfreeze them to move them"
             )
         wanted |= matches
-    return {name: p for name, p in everything.items() if name in wanted and p.numel() > 0}
+    return {name: p for name, p in everything.items() if name in wanted and _has_entries(p)}
+
+
+def _has_entries(parameter: nn.Parameter) -> bool:
+    # One that is not initialised yet has no size to ask for; it is refused later, by name.
+    return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0
 
 
 def _as_float(value: float) -> float:

@@ -52,6 +52,11 @@ class FilterMetric:
                 dropped.append(f"{len(zero)} of {segment.name!r}")
             width = weight.numel() // segment.shape[0]
             scale[segment.start : segment.stop] = norm.repeat_interleave(width)
+        if not bool((scale > 0).any()):
+            raise ValueError(
+                f"metric: every row of the moved parameters has norm 0 ({', '.join(dropped)}); "
+                "nothing is left to move"
+            )
         if dropped:
             warnings.warn(
                 f"metric: rows with norm 0 do not move and are left out of d: {', '.join(dropped)}",
