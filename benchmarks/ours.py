@@ -1,4 +1,4 @@
-"""fastvol as the benchmarks call it: the public function, on a problem's network and data."""
+"""How the benchmarks call fastvol: the public function, on a problem's network and data."""
 
 from __future__ import annotations
 
