@@ -116,7 +116,7 @@ class ParameterLayout:
                 raise ValueError(f"{argument} must be a dense tensor that holds values")
             flat = value.detach().to("cpu", torch.float64).reshape(-1).expand(self.size).clone()
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat = torch.full((self.size,), _as_float(value), dtype=torch.float64)
+            flat = torch.full((self.size,), _as_float(value), dtype=torch.float64, device="cpu")
         else:
             raise TypeError(
                 f"{argument} must be a number, a mapping from parameter name to values, or a "
@@ -139,13 +139,13 @@ class ParameterLayout:
                 f"{argument} must name every moved parameter and no other; missing {missing}, "
                 f"unknown {unknown}"
             )
-        flat = torch.empty(self.size, dtype=torch.float64)
+        flat = torch.empty(self.size, dtype=torch.float64, device="cpu")
         for segment in self.segments:
             try:
                 given = value[segment.name]
-                if torch.as_tensor(given).is_complex():
+                if torch.as_tensor(given, device="cpu").is_complex():
                     raise TypeError("it is complex")
-                entry = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+                entry = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
                 entry = entry.expand(segment.shape)
             except (RuntimeError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(

@@ -90,7 +90,7 @@ class Gaussian:
             std = self.std
         elif isinstance(self.std, Mapping):
             std = {
-                name: torch.as_tensor(value, dtype=torch.float64).tolist()
+                name: torch.as_tensor(value, dtype=torch.float64, device="cpu").tolist()
                 for name, value in self.std.items()
             }
         else:
@@ -102,6 +102,10 @@ class Gaussian:
 Measure = Lebesgue | Gaussian
 
 
+def _cpu_tensor(values: list[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 def measure_from(description: Mapping[str, Any]) -> Measure:
     """The measure that :meth:`describe` wrote down."""
     if description["kind"] == "lebesgue":
@@ -110,10 +114,10 @@ def measure_from(description: Mapping[str, Any]) -> Measure:
         std = description["std"]
         if isinstance(std, Mapping):
             std = {
-                name: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+                name: _cpu_tensor(value) if isinstance(value, list) else value
                 for name, value in std.items()
             }
         elif isinstance(std, list):
-            std = torch.tensor(std, dtype=torch.float64)
+            std = _cpu_tensor(std)
         return Gaussian(std, description["center"])
     raise FastvolError(f"unknown measure {description['kind']!r}")

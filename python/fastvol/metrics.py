@@ -34,7 +34,7 @@ class FilterMetric:
 
     def scale(self, layout: ParameterLayout, theta: Tensor) -> Tensor:
         """float64 ``[size]``, on the CPU; 0 marks a coordinate that does not move."""
-        scale = torch.ones(layout.size, dtype=torch.float64)
+        scale = torch.ones(layout.size, dtype=torch.float64, device="cpu")
         dropped = []
         for segment in layout.segments:
             if not 2 <= len(segment.shape) <= 5:
@@ -80,7 +80,7 @@ def metric_scale(metric: Metric, layout: ParameterLayout, theta: Tensor) -> tupl
     """
     if isinstance(metric, str):
         if metric == "euclidean":
-            return torch.ones(layout.size, dtype=torch.float64), "euclidean"
+            return torch.ones(layout.size, dtype=torch.float64, device="cpu"), "euclidean"
         if metric == "filter":
             return FilterMetric().scale(layout, theta), "filter"
         raise ValueError(

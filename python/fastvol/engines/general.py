@@ -158,11 +158,11 @@ class GeneralEngine:
                 )
         else:
             rows = self._rows_for_writing()
-            contiguous = count > 0 and int(lanes[-1]) - int(lanes[0]) == count - 1
+            span = _span(lanes)
             target = (
-                rows[int(lanes[0]) : int(lanes[-1]) + 1]
-                if contiguous
-                else torch.empty((count, self.dim), device=rows.device, dtype=rows.dtype)
+                torch.empty((count, self.dim), device=rows.device, dtype=rows.dtype)
+                if span is None
+                else rows[span]
             )
             plain = rays.preconditioner is None
             norm, dot = self._backend.normals(
@@ -175,7 +175,7 @@ class GeneralEngine:
             )
             if rays.preconditioner is not None:
                 target.copy_(self._scaled(rays.preconditioner.matvec(target)))
-            if not contiguous:
+            if span is None:
                 rows[torch.from_numpy(lanes).to(rows.device)] = target
         self._factor[lanes] = 1.0 / norm
         return RayInfo(norm, dot)
@@ -208,6 +208,18 @@ class GeneralEngine:
             self._rows = torch.empty(
                 (self.lanes, self.dim), device=self._theta0.device, dtype=self._theta0.dtype
             )
+            for lane, loaded in enumerate(self._rays):
+                if loaded is not None:
+                    rays, position = loaded
+                    self._backend.normals(
+                        self._rows[lane : lane + 1],
+                        rays.seed,
+                        rays.stream,
+                        rays.ids[position : position + 1],
+                        antithetic=rays.antithetic,
+                        scale=self._scale,
+                        threads=self._plan.noise_threads,
+                    )
         return self._rows
 
     def _scaled(self, rows: Tensor) -> Tensor:
@@ -251,7 +263,9 @@ class GeneralEngine:
             weight = 0.0
             for batch in self._objective.batches():
                 weight += batch.weight
-                values, slopes = self._evaluate_with_grad(batch, len(lanes[part]))
+                # Without a graph through the parameters that stay.
+                with torch.no_grad():
+                    values, slopes = self._evaluate_with_grad(batch, len(lanes[part]))
                 total[part] += batch.weight * values
                 if self._index is not None:
                     slopes = slopes[:, self._index]
@@ -289,10 +303,8 @@ class GeneralEngine:
             torch.add(self._theta0, self._rows[lane], alpha=float(coefficient[0]), out=theta[0])
         else:
             rows = self._rows
-            if int(lanes[-1]) - int(lanes[0]) == count - 1:
-                picked = rows[int(lanes[0]) : int(lanes[-1]) + 1]
-            else:
-                picked = rows[torch.from_numpy(lanes).to(rows.device)]
+            span = _span(lanes)
+            picked = rows[torch.from_numpy(lanes).to(rows.device)] if span is None else rows[span]
             c = torch.as_tensor(coefficient, device=theta.device, dtype=theta.dtype)
             torch.addcmul(self._theta0, picked, c[:, None], out=theta)
 
@@ -320,6 +332,12 @@ class GeneralEngine:
             self._theta[:count]
         )
         return _as_floats(values, count), slopes
+
+
+def _span(lanes: Int) -> slice | None:
+    """Consecutive ascending lanes as a slice, which needs no copy."""
+    first, stop = int(lanes[0]), int(lanes[0]) + len(lanes)
+    return slice(first, stop) if np.array_equal(lanes, np.arange(first, stop)) else None
 
 
 def _as_floats(values: Any, count: int) -> Float:
