@@ -51,7 +51,7 @@ class Effort:
     sweeps: int
 
 
-FULL = {"mlp": Effort(1024, 12, 5, 64, 2, 64, 8), "cnn": Effort(32, 6, 3, 16, 2, 16, 1)}
+FULL = {"mlp": Effort(1024, 12, 5, 64, 2, 64, 8), "cnn": Effort(24, 6, 3, 16, 2, 16, 1)}
 SHORT = {"mlp": Effort(16, 3, 1, 16, 1, 16, 1), "cnn": Effort(8, 2, 1, 8, 1, 8, 1)}
 
 
