@@ -27,10 +27,11 @@ PLAN = {
     "keep_rows": True,
     "dtype": "float32",
     "threads": 1,
+    "noise_threads": 1,
     "backend": "cpp",
     "block": 4,
 }
-N = 12
+N = 9
 
 
 class PlannedError(Exception):
@@ -386,15 +387,15 @@ def test_transformer(attention: str, convert: Callable[[Tensor], Any]) -> None:
     before = observe(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = fastvol.estimate(model, loss_fn, n=4, lanes=2)
+        result = fastvol.estimate(model, loss_fn, n=2, lanes=2, rtol=1e-3)
     assert observe(model) == before
     fell_back = result.provenance["fell_back"]
     assert [w.category for w in caught] == [fastvol.FastvolWarning] * len(fell_back)
     assert len(fell_back) == 1 or convert is not float
     # The read-out is tied to the embedding: counted once.
     assert result.dim == sum(p.numel() for p in model.parameters())
-    singly = fastvol.estimate(model, loss_fn, n=4, plan={**PLAN, "lanes": 2})
-    np.testing.assert_allclose(result.log_radii, singly.log_radii, rtol=0, atol=1e-3)
+    singly = fastvol.estimate(model, loss_fn, n=2, plan={**PLAN, "lanes": 2}, rtol=1e-3)
+    np.testing.assert_allclose(result.log_radii, singly.log_radii, rtol=0, atol=2e-3)
 
 
 class Lazy:
@@ -402,11 +403,8 @@ class Lazy:
 
     def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
         self.x, self.y, self.size = x, y, size
-        self.readings = 0
-        self.alive = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.readings += 1
         for start in range(0, len(self.x), self.size):
             yield self.x[start : start + self.size].clone(), self.y[start : start + self.size]
 
@@ -424,7 +422,7 @@ def in_every_form(x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-OPTIONS: dict[str, Any] = {"n": 16, "rtol": 1e-12}
+OPTIONS: dict[str, Any] = {"n": 4, "rtol": 1e-12}
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -512,8 +510,9 @@ def test_weighted_mean(
         label_smoothing=getattr(loss_fn, "label_smoothing", 0.0),
     )  # fmt: skip
     assert whole.config["loss0"] == pytest.approx(float(expected), rel=1e-14)
-    for form, data in in_every_form(x, y).items():
-        other = fastvol.estimate(model, loss_fn, data=data, **options)
+    forms = in_every_form(x, y)
+    for form in ("list", "loader", "lazy"):
+        other = fastvol.estimate(model, loss_fn, data=forms[form], **options)
         assert other.config["loss0"] == pytest.approx(float(expected), rel=1e-14), form
         np.testing.assert_allclose(
             other.log_radii, whole.log_radii, rtol=0, atol=1e-10, err_msg=form
