@@ -615,8 +615,8 @@ def test_a_loss_that_is_not_finite_far_away(beyond: float, backend: str) -> None
     def cliff(model: nn.Module) -> Tensor:
         return torch.where(bowl(model) < 1.0, bowl(model), beyond)
 
-    result = estimate(loss_fn=cliff, n=8, threshold=4.0, backend=backend, rtol=1e-6)
-    assert result.n_nonfinite == 8
+    result = estimate(loss_fn=cliff, n=4, threshold=4.0, backend=backend, rtol=1e-6)
+    assert result.n_nonfinite == 4
     np.testing.assert_allclose(result.log_radii, 0.0, atol=1e-6)
 
 
@@ -798,7 +798,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(options=calls())
-@settings(max_examples=120)
+@settings(max_examples=50)
 def test_what_is_valid_gives_a_number(options: dict[str, Any]) -> None:
     result = fastvol.estimate(**options)
     assert isinstance(result, fastvol.VolumeEstimate)
