@@ -541,3 +541,16 @@ def test_token_weights() -> None:
     rows = [(tokens[i : i + 1], labels[i : i + 1]) for i in range(5)]
     batches = fastvol.estimate(Classes(), F.cross_entropy, data=rows, plan=PLAN, **OPTIONS)
     np.testing.assert_allclose(batches.log_radii, closure.log_radii, rtol=0, atol=1e-10)
+
+
+def test_a_loss_that_writes_to_a_frozen_parameter_is_told() -> None:
+    model = nn.Linear(3, 1)
+    model.bias.requires_grad_(False)
+
+    def loss(m: nn.Linear) -> torch.Tensor:
+        with torch.no_grad():
+            m.bias.add_(0.0)
+        return m.weight.square().sum()
+
+    with pytest.raises(fastvol.FastvolError, match=r"loss_fn .* 'bias'"):
+        fastvol.estimate(model, loss, n=10, increase=1.0)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .errors import FastvolError
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
@@ -28,8 +30,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; parameters, buffers, modes and random generators restored after.
 
-    The generators are not used by this package; a loss or a data loader may use them.
+    The generators are not used by this package; a loss or a data loader may use them. Moved
+    parameters are never written to, and those that stay are not copied.
+
+    Raises:
+        FastvolError: the loss wrote in place to a parameter that does not move.
     """
+    versions = [(name, p, p._version) for name, p in model.named_parameters()]
     modules = [
         (module, module.training, dict(module._parameters), dict(module._buffers))
         for module in model.modules()
@@ -43,6 +50,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
             # A loss that calls backward() would add to the caller's gradients in place.
             parameter.grad = None
         yield
+        for name, parameter, version in versions:
+            if parameter._version != version:
+                raise FastvolError(
+                    f"loss_fn (or the model inside it) wrote in place to parameter {name!r}; its "
+                    "values are no longer those that came, and the result would mean nothing"
+                )
     finally:
         for module, training, own_parameters, own_buffers in modules:
             module.training = training

@@ -241,9 +241,7 @@ class VolumeEstimate:
         _check_level(level)
         chosen = None
         if radii is not None:
-            chosen = np.atleast_1d(np.asarray(radii, dtype=np.float64))
-            if chosen.ndim != 1 or not len(chosen) or not (chosen > 0).all():
-                raise ValueError("radii must be positive numbers")
+            chosen = _positive_vector(radii, "radii")
         if isinstance(self.measure, Gaussian):
             return gaussian_profile(
                 self.log_radii,
@@ -372,10 +370,17 @@ class VolumeEstimate:
 
         Returns:
             The path.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such folder, or ``path`` is one.
         """
         from safetensors.numpy import save_file
 
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"path: there is no folder {target.parent}")
+        if target.is_dir():
+            raise IsADirectoryError(f"path: {target} is a folder")
         rays = self._rays
         arrays = {name: getattr(rays, name) for name in _RAY_ARRAYS}
         header = {
@@ -417,23 +422,25 @@ class VolumeEstimate:
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})["fastvol"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise FastvolError(f"path: {path} is not a fastvol result: {error}") from error
-        if header.get("format_version") != FORMAT_VERSION:
-            raise FastvolError(
-                f"path: {path} has format version {header.get('format_version')}; this version "
-                f"reads {FORMAT_VERSION}"
+            version = header["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"it has format version {version}; this version reads {FORMAT_VERSION}"
+                )
+            _check_arrays(arrays, header["dim"])
+            kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
+            return assemble(
+                Rays(**arrays, reentrant_error=header["reentrant_error"]),
+                measure=measure_from(header["measure"]),
+                log_abs_scale=header["log_abs_scale"],
+                offset_squared=header["offset_squared"],
+                seeds=tuple(header["seeds"]),
+                **{name: header[name] for name in kept},
             )
-        rays = Rays(**arrays, reentrant_error=header["reentrant_error"])
-        kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
-        return assemble(
-            rays,
-            measure=measure_from(header["measure"]),
-            log_abs_scale=header["log_abs_scale"],
-            offset_squared=header["offset_squared"],
-            seeds=tuple(header["seeds"]),
-            **{name: header[name] for name in kept},
-        )
+        except (SafetensorError, FastvolError, LookupError, TypeError, ValueError) as error:
+            raise FastvolError(
+                f"path: {path} is not a result that this version can read: {error}"
+            ) from error
 
     def __repr__(self) -> str:
         from ._report import one_line
@@ -563,6 +570,35 @@ def _kappa(measure: Lebesgue | Gaussian, dim: int, rays: Rays, weights: Float) -
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     array.flags.writeable = False
     return array
+
+
+def _check_arrays(arrays: Mapping[str, npt.NDArray[Any]], dim: Any) -> None:
+    """Refuses, with a ValueError, arrays that no run has written."""
+    if type(dim) is not int or dim < 1:
+        raise ValueError(f"dim is {dim!r}")
+    expected = Rays.empty(1)
+    if set(arrays) != set(_RAY_ARRAYS):
+        raise ValueError(f"it holds the arrays {sorted(arrays)}, not {sorted(_RAY_ARRAYS)}")
+    n = arrays["log_radii"].size
+    for name, array in arrays.items():
+        if array.dtype != getattr(expected, name).dtype or array.shape != (n,) or n == 0:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    if not (arrays["log_radii"] < math.inf).all() or not np.isfinite(arrays["shift"]).all():
+        raise ValueError("a radius is not a number")
+    if (arrays["status"] >= len(_STATUS_NAMES)).any():
+        raise ValueError("a status is unknown")
+
+
+def _positive_vector(values: npt.ArrayLike, name: str) -> Float:
+    try:
+        if np.iscomplexobj(values):
+            raise TypeError("they are complex")
+        vector = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be positive numbers: {error}") from error
+    if vector.ndim != 1 or not len(vector) or not ((vector > 0) & (vector < math.inf)).all():
+        raise ValueError(f"{name} must be a vector of positive, finite numbers")
+    return vector
 
 
 def _check_level(level: float) -> None:

@@ -25,8 +25,8 @@ _BLOCKS_AT_ONCE = 1 << 20
 
 def philox(seed: int, stream: int, vector: int, first_block: int, n_blocks: int) -> Tensor:
     """The random words of some coordinate blocks of one vector: int64 ``[n_blocks, 4]``."""
-    blocks = torch.arange(first_block, first_block + n_blocks, dtype=torch.int64)
-    return _words(seed, stream, torch.tensor([vector]), blocks)[0]
+    blocks = torch.arange(first_block, first_block + n_blocks, dtype=torch.int64, device="cpu")
+    return _words(seed, stream, torch.tensor([vector], device="cpu"), blocks)[0]
 
 
 def _words(seed: int, stream: int, vectors: Tensor, blocks: Tensor) -> Tensor:

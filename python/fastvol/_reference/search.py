@@ -324,7 +324,34 @@ def search(
     """
     if mode not in ("search", "scan"):
         raise ValueError(f"mode must be 'search' or 'scan', got {mode!r}")
-    rules = _Rules(loss0, threshold, xtol, log_cap, slope, max_evaluations, scan_span, scan_points)
+    with torch.device("cpu"):  # whatever the caller's default device is
+        return _search(
+            engine,
+            start,
+            lanes,
+            mode == "scan",
+            _Rules(
+                loss0,
+                threshold,
+                xtol,
+                log_cap,
+                slope,
+                max_evaluations,
+                scan_span,
+                scan_points,
+            ),
+            poll,
+        )
+
+
+def _search(
+    engine: LoopEngine,
+    start: Float,
+    lanes: int,
+    scan: bool,
+    rules: _Rules,
+    poll: Callable[[], None] | None,
+) -> tuple[Float, npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
     starts = torch.as_tensor(np.ascontiguousarray(start, dtype=np.float64))
     n = starts.numel()
     state = LaneSearch(min(lanes, max(n, 1)), rules)
@@ -342,7 +369,7 @@ def search(
                 fresh += idle.numel()
                 item_of_lane[idle] = items
                 engine.load(idle.numpy(), items.numpy())
-                state.begin(idle, starts[items], scan=mode == "scan")
+                state.begin(idle, starts[items], scan=scan)
         active = state.active()
         if not active.numel():
             break

@@ -122,26 +122,26 @@ def _run_threshold(
     problem: Problem, engine: GeneralEngine, threshold: float, bar: Any
 ) -> VolumeEstimate:
     began = time.perf_counter()
-    probe = _RayLoss(problem, engine, _PILOT_STREAM)
-    pilot = _pilot(problem, probe, threshold)
-    probe_loss = _RayLoss(problem, engine, stream=0)
+    rays = Rays.empty(problem.n)
+    pilot_loss = _RayLoss(problem, engine, _PILOT_STREAM)
+    pilot = _pilot(problem, pilot_loss, threshold)
+    loss = _RayLoss(problem, engine, stream=0)
 
     n, block = problem.n, problem.plan.block
-    rays = Rays.empty(n)
     running = problem.backend.LogMeanExp()
     for first in range(0, n, block):
         ids = np.arange(first, min(first + block, n))
-        probe_loss.assign(ids)
+        loss.assign(ids)
         outcome = problem.backend.search(
-            probe_loss,
+            loss,
             np.full(len(ids), pilot.log_radius),
             mode="search",
             **_search_options(problem, pilot, threshold),
         )
         rays.log_radii[ids], rays.status[ids] = outcome[0], outcome[1]
-        rays.shift[ids] = probe_loss.dot_over_norm
+        rays.shift[ids] = loss.dot_over_norm
         if problem.first_crossing:
-            _scan(problem, probe_loss, pilot, threshold, rays, ids)
+            _scan(problem, loss, pilot, threshold, rays, ids)
         weights, constant = log_weights(
             problem.measure, problem.dim, rays.log_radii[ids], rays.shift[ids]
         )
@@ -155,17 +155,17 @@ def _run_threshold(
                     n_done=int(ids[-1]) + 1,
                     n=n,
                     threshold=threshold,
-                    log_radii=rays.log_radii[: ids[-1] + 1],
+                    log_radii=rays.log_radii[: ids[-1] + 1].copy(),
                     log_volume_metric=log_volume,
                     stderr=running.stderr,
                     seconds=time.perf_counter() - problem.began,
                 )
             )
-    search_loss = probe_loss.n_loss
+    search_loss = loss.n_loss
     if problem.first_crossing:
         rays.audited[:] = True
     else:
-        _audit(problem, probe_loss, pilot, threshold, rays, search_loss)
+        _audit(problem, loss, pilot, threshold, rays, search_loss)
 
     now = time.perf_counter()
     config = {
@@ -176,7 +176,7 @@ def _run_threshold(
     }
     provenance = {
         **problem.provenance,
-        "engine_seconds": probe.seconds + probe_loss.seconds,
+        "engine_seconds": pilot_loss.seconds + loss.seconds,
         "run_seconds": now - began,
     }
     return assemble(
@@ -189,7 +189,7 @@ def _run_threshold(
         config=config,
         plan=problem.plan.describe(),
         provenance=provenance,
-        n_loss=probe.n_loss + probe_loss.n_loss,
+        n_loss=pilot_loss.n_loss + loss.n_loss,
         n_grad=0,
         seconds=now - problem.began,
     )
