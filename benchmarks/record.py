@@ -43,8 +43,8 @@ def circumstances() -> dict[str, Any]:
     """When, from which sources, on what, and with what; no name of a host, user or folder."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "commit": _COMMIT,
+        "dirty": _DIRTY,
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
@@ -79,3 +79,8 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
+
+
+# Read at import, as the sources that run were: a long run may see them change.
+_COMMIT = _git("rev-parse", "HEAD")
+_DIRTY = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
