@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fastvol._profile import gaussian_profile, lebesgue_profile, reliable_radius
+from fastvol._profile import (
+    gaussian_profile,
+    gaussian_reliable_scale,
+    lebesgue_profile,
+    lebesgue_slope,
+    reliable_radius,
+)
 from fastvol._reference.radial import log_radial_gaussian
 from fastvol._statistics import summarise
 from fastvol.errors import FastvolError
@@ -130,11 +136,36 @@ def test_the_gate_passes_up_to_the_reliable_radius_only(dim, paired):
     assert reliable_radius(log_radii[:2000], dim, paired) < got
 
 
-def test_the_reliable_radius_of_few_rays_is_their_smallest():
-    log_radii = np.log([1.0, 2.0, 4.0])
-    assert reliable_radius(log_radii, 10) == pytest.approx(1.0, rel=1e-3)
-    assert reliable_radius(log_radii[:1], 10) == 0.0
+@pytest.mark.parametrize("paired", [False, True])
+def test_no_radius_is_reliable_below_a_hundred_units(paired):
+    # Under a cap below every radius the weight is constant, but what few rays met proves little.
+    units = 200 if paired else 100
+    log_radii = np.log(np.tile([1.0, 1.0, 8.0, 8.0], 50)[:units])
+    assert reliable_radius(log_radii, 10, paired) >= 1.0
+    assert reliable_radius(log_radii[:-2], 10, paired) == 0.0
+    got = lebesgue_profile(log_radii[:-2], 10, radii=[0.5, 1.0], paired=paired)
+    assert not got.reliable.any()
     assert reliable_radius([-np.inf, -np.inf], 10) == 0.0
+
+
+def test_a_ball_known_to_the_searchs_tolerance_is_reliable_everywhere():
+    delta, dim = 1e-5, 1000
+    log_radii = delta * np.round(np.random.default_rng(0).uniform(-1, 1, 500), 1)
+    assert lebesgue_profile(log_radii, dim).reliable_radius == pytest.approx(
+        math.exp(log_radii.max())
+    )
+    got = lebesgue_profile(log_radii, dim, radii=[2.0], log_radius_error=delta)
+    assert got.reliable_radius == math.inf
+    assert got.reliable.all()
+    assert got.stderr[0] > 0.5 * dim * delta / math.sqrt(3 * 500)
+
+
+def test_the_upper_ends_stay_below_a_full_ball():
+    log_radii = np.zeros(500)
+    log_radii[:3] = -0.1
+    got = lebesgue_profile(log_radii, 100, radii=[1.0], extra_error=0.1)
+    assert got.ci_high[0] == 0.0
+    assert got.ci_low[0] < got.log_fraction[0] - 0.1
 
 
 def test_the_reliable_radius_ends_at_the_largest_radius():
@@ -191,6 +222,21 @@ def test_errors_of_the_radii_are_added():
     wanted = math.sqrt(plain.stderr[0] ** 2 + added**2 + 0.01**2)
     assert wider.stderr[0] == pytest.approx(wanted)
     assert wider.ci_low[0] < plain.ci_low[0]
+    shared = lebesgue_profile(log_radii, 300, radii=[1.1], log_radius_bias=0.02)
+    assert shared.stderr[0] == pytest.approx(math.hypot(plain.stderr[0], 0.02 * plain.slope[0]))
+    assert lebesgue_slope(log_radii, 300, 1.1) == pytest.approx(plain.slope[0])
+    assert lebesgue_slope(log_radii, 300, math.inf) == pytest.approx(300)
+
+
+def test_errors_of_the_radii_are_added_to_a_mass():
+    log_radii = log_normal_radii(0, 2000)
+    at = {"scales": [0.5], "log_radial_gaussian": log_chi_square}
+    plain = gaussian_profile(log_radii, 30, **at)
+    wider = gaussian_profile(
+        log_radii, 30, log_radius_error=0.05, log_radius_bias=0.01, extra_error=0.01, **at
+    )
+    errors = (plain.stderr[0], 0.5 * (plain.slope[0] * 0.05) ** 2, 0.01 * plain.slope[0], 0.01)
+    assert wider.stderr[0] == pytest.approx(math.hypot(*errors))
 
 
 def test_the_mass_of_a_ball_is_a_chi_square_law():
@@ -236,6 +282,56 @@ def test_a_gaussian_scale_is_reliable_only_if_every_smaller_one_is():
     assert 0 < count < got.radius.size
     assert got.reliable[:count].all()
     assert got.radius[count - 1] <= got.reliable_radius <= got.radius[count]
+
+
+def test_off_centre_each_scale_is_judged_alone():
+    # A ball of radius 1 at distance 4 from the law's centre: the narrower the law, the fewer rays
+    # towards the centre carry all of the mass.
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((1000, 10))
+    shift = -4.0 * z[:, 0] / np.linalg.norm(z, axis=1)
+    arguments = {"offset_squared": 16.0, "log_radial_gaussian": log_radial_gaussian}
+    got = gaussian_profile(np.zeros(1000), 10, shift, scales=[0.1, 2.0, 4.0], **arguments)
+    assert got.reliable.tolist() == [False, True, True]
+    assert got.reliable_radius == 4.0
+    got = gaussian_profile(np.zeros(1000), 10, shift, scales=[0.1, 0.12], **arguments)
+    assert got.reliable_radius == 0.0
+
+
+@pytest.mark.parametrize("centre", [-4.0, 0.0, 4.0])
+def test_default_scales_include_the_law_itself(centre):
+    got = gaussian_profile(
+        centre + log_normal_radii(0, 200), 100, log_radial_gaussian=log_chi_square
+    )
+    assert 1.0 in got.radius
+    assert np.all(np.diff(got.radius) > 0)
+
+
+@pytest.mark.parametrize("typical", [0.1, 1.0, 30.0, 300.0])
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_reliable_scale_is_that_of_the_profile_at_a_few_scales(typical, paired):
+    log_radii = math.log(typical) + pair_radii(0, 4000)
+    calls = []
+
+    def counted(dim, radius, shift):
+        calls.append(dim)
+        return log_chi_square(dim, radius, shift)
+
+    got = gaussian_reliable_scale(log_radii, 1000, paired=paired, log_radial_gaussian=counted)
+    assert len(calls) <= 12
+    profile = gaussian_profile(log_radii, 1000, paired=paired, log_radial_gaussian=log_chi_square)
+    assert got == pytest.approx(profile.reliable_radius, rel=0.01)
+    capped = gaussian_reliable_scale(
+        log_radii, 1000, paired=paired, largest=1.0, log_radial_gaussian=counted
+    )
+    assert capped == pytest.approx(min(got, 1.0), rel=0.01)
+
+
+def test_a_gaussian_without_a_reliable_scale():
+    few = log_normal_radii(0, 50)
+    assert gaussian_reliable_scale(few, 10, log_radial_gaussian=log_chi_square) == 0.0
+    with pytest.raises(ValueError, match="largest"):
+        gaussian_reliable_scale(few, 10, largest=0.5, log_radial_gaussian=log_chi_square)
 
 
 def test_a_gaussian_scale_is_not_reliable_where_an_open_ray_matters():

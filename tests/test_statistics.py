@@ -96,14 +96,34 @@ def test_pareto_shape_of_a_pareto_law(shape):
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("n", [2, 50, 1000])
-def test_a_constant_weight_is_reliable_and_exact(bounded, n):
+@pytest.mark.parametrize("n", [2, 99, 100, 1000])
+def test_a_constant_weight_is_exact_and_reliable_from_a_hundred_units_on(bounded, n):
     rounding = 1e-13 * np.random.default_rng(0).standard_normal(n)
     got = summarise(1234.5 + rounding, bounded=bounded)
-    assert got.reliable
+    assert got.reliable is (n >= 100)
     assert got.constant
     assert got.stderr == 0.0
     assert interval(got) == pytest.approx((1234.5, 1234.5))
+
+
+def test_a_few_equal_weights_do_not_hide_another_value():
+    # In the line a segment from -2 to 1 has two radii; three directions often meet one of them.
+    assert not summarise(np.zeros(3), bounded=False).reliable
+
+
+def test_what_the_search_blurs_has_no_tail_but_keeps_its_error():
+    # A ball whose radii are known to 1e-4 at d = 100.
+    blur = 1e-4 * np.random.default_rng(0).standard_t(3, 1000)
+    log_weights = 100 * np.clip(blur, -2e-4, 2e-4)
+    log_weights[:40] = log_weights.max()
+    assert not summarise(log_weights, bounded=False).reliable
+    got = summarise(log_weights, bounded=False, resolution=4 * 100 * 1e-4)
+    assert got.reliable
+    assert got.constant
+    w = np.exp(log_weights)
+    assert got.stderr == pytest.approx(w.std(ddof=1) / math.sqrt(1000) / w.mean())
+    # However coarse the search says it was, a spread of 0.1 nats is one of the weights.
+    assert not summarise(10 * log_weights, bounded=False, resolution=4.0).constant
 
 
 def test_one_unit_is_never_reliable():
@@ -196,6 +216,35 @@ def test_weights_at_their_bound_leave_room_for_what_was_not_met():
     assert high == 0.0
     elsewhere = summarise(np.full(1000, -1.0), bounded=True, log_bound=0.0)
     assert interval(elsewhere) == pytest.approx((-1.0, -1.0))
+
+
+@pytest.mark.parametrize("cut", [0.002, 0.01, 0.05])
+def test_intervals_under_a_cap_cover_and_end_at_it(cut):
+    # The ball of radius 1 in space without the part beyond a plane, under the cap 1: a share
+    # ``cut`` of the directions ends early, with cosine at least c at c over the cosine.
+    rng = np.random.default_rng(0)
+    c = 1 - 2 * cut
+    bound = -math.log(3)
+    # E[r^3]: the cosine is uniform on [-1, 1].
+    truth = bound + math.log((1 + c) / 2 + c**3 / 4 * (c**-2 - 1))
+    covered = 0
+    for _ in range(60):
+        cosine = rng.uniform(-1, 1, 200)
+        log_radii = np.log(np.where(cosine > c, c / np.maximum(cosine, c), 1.0))
+        got = summarise(3 * log_radii + bound, bounded=True, log_bound=bound)
+        assert got.reliable
+        assert got.at_bound
+        low, high = interval(got)
+        assert high <= max(bound, got.log_mean)
+        covered += low <= truth <= high
+    assert covered >= 54
+
+
+def test_the_interval_ends_at_the_bound_also_with_further_errors():
+    got = summarise(np.append(np.zeros(500), -1.0), bounded=True, log_bound=0.0)
+    low, high = interval(got, extra_error=0.1)
+    assert high == 0.0
+    assert low < got.log_mean - 0.1
 
 
 def test_extra_errors_add_in_quadrature():

@@ -24,6 +24,8 @@ from ._statistics import (
     HALF,
     Summary,
     interval,
+    radius_errors,
+    rounding_of,
     summarise,
     summary_from_moments,
     with_extra_error,
@@ -41,6 +43,8 @@ _SCALE_GRID = 48
 _SCAN = 64
 # log R is resolved to this.
 _RESOLUTION = 1e-4
+# Halvings of the range of log c in which the largest reliable scale lies.
+_SCALE_HALVINGS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,8 @@ class Profile:
         ess: float64 ``[m]``, effective number of independent units.
         slope: float64 ``[m]``, nats by which ``log_fraction`` moves when every log radius moves by
             one; for ``"lebesgue"`` it is −dφ/d log R.
-        reliable: bool ``[m]``: the gate passes there and at every smaller radius.
+        reliable: bool ``[m]``: the gate passes there and at every smaller radius. For a normal law
+            that is not centred at the minimum: the gate passes there.
         reliable_radius: the largest such radius; 0 where there is none, inf where the uncapped
             volume itself is reliable.
     """
@@ -140,7 +145,7 @@ class _Single:
         third = -(lack3 - 3 * lack * lack2 + 2 * lack**3)
         largest = math.sqrt(n)
         skewness = third / variance**1.5 if variance > 0 else 0.0
-        constant = n > 1 and d * (inner - self._sorted[0]) <= CONSTANT_SPREAD
+        rounding = rounding_of(d * inner)
         half = inner + math.log(HALF) / d
         summary = summary_from_moments(
             n=n,
@@ -151,8 +156,9 @@ class _Single:
             pareto_k=math.nan,
             n_half_max=n - int(np.searchsorted(self._sorted, half)),
             bounded=True,
-            constant=constant,
-            at_bound=d * (x - inner) <= CONSTANT_SPREAD,
+            constant=d * (inner - self._sorted[0]) <= rounding,
+            log_bound=0.0,
+            at_bound=d * (x - inner) <= rounding,
         )
         return summary, float(d) if x > self.top else d * q1 / (n * mean)
 
@@ -188,7 +194,7 @@ class _Pairs:
         variance = (float(square.sum()) + first * mean**2) / n
         third = (float(square @ deviation) - first * mean**3) / n
         largest = float(units.max())
-        constant = n > 1 and first == 0 and largest - float(units.min()) <= CONSTANT_SPREAD
+        rounding = rounding_of(d * inner)
         summary = summary_from_moments(
             n=n,
             log_mean=math.log(mean) + d * (inner - x),
@@ -198,8 +204,9 @@ class _Pairs:
             pareto_k=math.nan,
             n_half_max=int(np.count_nonzero(units >= HALF * largest)),
             bounded=True,
-            constant=constant,
-            at_bound=largest >= 1.0 - CONSTANT_SPREAD and x <= self.top,
+            constant=first == 0 and largest - float(units.min()) <= rounding * largest,
+            log_bound=0.0,
+            at_bound=largest >= 1.0 - CONSTANT_SPREAD and d * (x - inner) <= rounding,
         )
         if x > self.top:
             return summary, float(d)
@@ -239,6 +246,7 @@ def lebesgue_profile(
     log_abs_det: float = 0.0,
     log_norms: npt.ArrayLike | None = None,
     log_radius_error: float = 0.0,
+    log_radius_bias: float = 0.0,
     extra_error: float = 0.0,
 ) -> Profile:
     r"""φ(R) = log vol(S ∩ B_R) − log vol(B_R), for every cap R at once, in nats.
@@ -256,7 +264,9 @@ def lebesgue_profile(
         level: of the intervals.
         log_abs_det: log|det P|.
         log_norms: ``[n]``, log‖v‖ per direction; None is 0.
-        log_radius_error: δ, error of a log radius; (slope·δ)²/2 is added in quadrature.
+        log_radius_error: δ, error of a log radius; (slope·δ)²/2 is added in quadrature, and
+            uncapped weights that differ by no more than 4·dim·δ count as constant.
+        log_radius_bias: an error that all log radii may share; slope times it is added likewise.
         extra_error: a further independent error, nats.
 
     Raises:
@@ -283,11 +293,17 @@ def lebesgue_profile(
     everywhere = False
     if limit > rays.top:
         offset = 0.0 if log_norms is None else -dim * np.asarray(log_norms)
-        everywhere = summarise(dim * lengths + offset, bounded=False, paired=paired).reliable
+        everywhere = summarise(
+            dim * lengths + offset,
+            bounded=False,
+            paired=paired,
+            resolution=4.0 * dim * log_radius_error,
+        ).reliable
     table = _Table(caps, level)
     for row, x in enumerate(log_caps):
         summary, slope = rays.at(float(x))
-        summary = with_extra_error(summary, 0.5 * (slope * log_radius_error) ** 2, extra_error)
+        inexact = radius_errors(slope, log_radius_error, log_radius_bias)
+        summary = with_extra_error(summary, *inexact, extra_error)
         trusted = everywhere or (summary.reliable and x <= reach + 1e-12)
         table.fill(row, summary, log_abs_det, slope, trusted)
     # A fraction is at most 1; with a preconditioner the estimate of it need not be.
@@ -328,6 +344,21 @@ def reliable_radius(
     return math.exp(_reliable_log_radius(rays, lengths, _limit(lengths, unbounded, max_radius)))
 
 
+def lebesgue_slope(log_radii: npt.ArrayLike, dim: int, radius: float) -> float:
+    """Nats by which φ(R) moves when every log radius moves by one: dim times the uncapped share.
+
+    Args:
+        log_radii: ``[n]`` float64, the largest finite.
+        dim: d >= 1.
+        radius: R > 0; inf is no cap.
+    """
+    lengths = _vector(log_radii, "log_radii")
+    log_q = dim * (np.minimum(lengths, math.log(radius)) if radius < math.inf else lengths)
+    weights = np.exp(log_q - log_q.max())
+    uncapped = lengths < math.log(radius) if radius < math.inf else slice(None)
+    return float(dim * weights[uncapped].sum() / weights.sum())
+
+
 def gaussian_profile(
     log_radii: npt.ArrayLike,
     dim: int,
@@ -339,6 +370,8 @@ def gaussian_profile(
     paired: bool = False,
     unbounded: npt.ArrayLike | None = None,
     level: float = 0.95,
+    log_radius_error: float = 0.0,
+    log_radius_bias: float = 0.0,
     extra_error: float = 0.0,
     log_radial_gaussian: Callable[[int, Array, Array | None], Array],
 ) -> Profile:
@@ -346,35 +379,45 @@ def gaussian_profile(
 
     .. math:: \log E[I_d(\rho / c, b / c)] - \|\mu\|^2 / (2 c^2)
 
-    with I_d the radial integral. A scale is reliable if the gate passes there and at every smaller
-    scale asked for.
+    with I_d the radial integral. Without ``shift`` a scale is reliable if the gate passes there and
+    at every smaller scale asked for: a narrower law asks for less. With it a narrower law moves
+    away from the minimum and is the harder one, so each scale is judged alone, and
+    ``reliable_radius`` is the largest that passes.
 
     Args:
         log_radii: ``[n]`` float64, log ρ in units of the standard deviation at c = 1.
         dim: d >= 1.
-        shift: ``[n]``, the linear term b at c = 1; None is 0.
-        scales: ``[m]``, multiples c > 0; by default a geometric grid over those whose typical
-            radius, c √d, was met.
+        shift: ``[n]``, the linear term b at c = 1 of a law that is not centred at the minimum; None
+            is 0.
+        scales: ``[m]``, multiples c > 0; by default 1, and a geometric grid over those whose
+            typical radius, c √d, was met.
         offset_squared: ‖μ‖², squared distance from the law's centre at c = 1.
         log_offsets: ``[n]``, added to each log weight; for a proposal other than the law itself.
         paired: directions 2i and 2i+1 are one independent unit.
         unbounded: ``[n]`` bool, rays that never crossed. A scale at which it matters where they end
             is not reliable.
         level: of the intervals.
+        log_radius_error: δ, error of a log radius; (slope·δ)²/2 is added in quadrature, and weights
+            that differ by no more than 4·slope·δ count as constant.
+        log_radius_bias: an error that all log radii may share; slope times it is added likewise.
         extra_error: an independent error, nats.
         log_radial_gaussian: ``(dim, radius[n], shift[n] | None) -> [n]``.
 
     Raises:
         ValueError: an argument has a wrong shape or range.
     """
-    lengths = _vector(log_radii, "log_radii")
-    n = lengths.size
-    _check_dim(dim)
-    b = None if shift is None else _vector(shift, "shift", n)
-    offsets = None if log_offsets is None else _vector(log_offsets, "log_offsets", n)
-    never = None if unbounded is None else np.asarray(unbounded, dtype=np.bool_)
+    law = _NormalLaw(
+        log_radii,
+        dim,
+        shift,
+        log_offsets=log_offsets,
+        paired=paired,
+        unbounded=unbounded,
+        log_radius_error=log_radius_error,
+        log_radial_gaussian=log_radial_gaussian,
+    )
     if scales is None:
-        multiples = _default_scales(lengths, dim)
+        multiples = _default_scales(law.lengths, dim)
     else:
         multiples = np.atleast_1d(np.asarray(scales, dtype=np.float64))
         if (
@@ -384,50 +427,164 @@ def gaussian_profile(
         ):
             raise ValueError("scales: must be a vector of positive finite numbers")
 
-    plain = b is None and offsets is None
-
-    def log_weights(c: float, at: Array) -> Array:
-        with np.errstate(over="ignore"):
-            radius = np.exp(at - math.log(c))
-        values = log_radial_gaussian(dim, radius, None if b is None else b / c)
-        return values if offsets is None else values + offsets
-
-    def at_scale(c: float) -> tuple[Summary, bool, float]:
-        weights = log_weights(c, lengths)
-        # Off its centre the weights have a bound that no draw comes near: judge their tail.
-        summary = summarise(weights, bounded=plain, paired=paired, log_bound=0.0 if plain else None)
-        summary = with_extra_error(summary, extra_error)
-        trusted = summary.reliable
-        if trusted and never is not None and never.any():
-            open_ended = log_weights(c, np.where(never, math.inf, lengths))
-            gap = float(np.logaddexp.reduce(open_ended) - np.logaddexp.reduce(weights))
-            trusted = gap <= max(1e-3, 0.1 * summary.stderr)
-        edges = _log_edge(dim, lengths - math.log(c), None if b is None else b / c)
-        edges = edges if offsets is None else edges + offsets
-        top = float(weights.max())
-        slope = math.nan
-        if top > -math.inf:
-            slope = float(np.exp(edges - top).sum() / np.exp(weights - top).sum())
-        return summary, trusted, slope
-
     table = _Table(multiples, level)
     passed = np.zeros(multiples.size, dtype=np.bool_)
     for row, c in enumerate(multiples):
-        summary, passed[row], slope = at_scale(float(c))
+        summary, passed[row], slope = law.at(float(c))
+        if math.isfinite(slope):
+            inexact = radius_errors(slope, log_radius_error, log_radius_bias)
+            summary = with_extra_error(summary, *inexact, extra_error)
         table.fill(row, summary, -0.5 * offset_squared / c**2, slope, False)
 
     order = np.argsort(multiples, kind="stable")
-    trusted = np.logical_and.accumulate(passed[order])
-    table.reliable[order] = trusted
-    count = int(np.count_nonzero(trusted))
+    ascending = passed[order]
+    if shift is None:
+        ascending = np.logical_and.accumulate(ascending)
+    table.reliable[order] = ascending
     reach = 0.0
-    if count:
-        low = math.log(multiples[order[count - 1]])
-        if count < multiples.size:
-            high = math.log(multiples[order[count]])
-            low = _bisect(lambda x: at_scale(math.exp(x))[1], low, high, (high - low) / 20)
+    if ascending.any():
+        last = int(np.flatnonzero(ascending)[-1])
+        low = math.log(multiples[order[last]])
+        if last + 1 < multiples.size:
+            high = math.log(multiples[order[last + 1]])
+            low = _bisect(lambda x: law.at(math.exp(x))[1], low, high, (high - low) / 20)
         reach = math.exp(low)
     return table.profile("gaussian", reach, ceiling=True)
+
+
+def gaussian_reliable_scale(
+    log_radii: npt.ArrayLike,
+    dim: int,
+    shift: npt.ArrayLike | None = None,
+    *,
+    log_offsets: npt.ArrayLike | None = None,
+    paired: bool = False,
+    unbounded: npt.ArrayLike | None = None,
+    log_radius_error: float = 0.0,
+    largest: float = math.inf,
+    log_radial_gaussian: Callable[[int, Array, Array | None], Array],
+) -> float:
+    """The largest multiple c of the standard deviation that is reliable, without a whole profile.
+
+    At most 12 scales are looked at, from c = 1 on: up to the largest of the default grid of
+    :func:`gaussian_profile`, or down to its smallest. Off the law's centre (``shift`` given)
+    reliable scales need not reach down to 0, and the profile itself is asked.
+
+    Args:
+        log_radii, dim, shift, log_offsets, paired, unbounded, log_radius_error,
+            log_radial_gaussian: as for :func:`gaussian_profile`.
+        largest: scales above are of no interest; at least 1.
+
+    Returns:
+        c; 0 where no scale passes.
+
+    Raises:
+        ValueError: an argument has a wrong shape or range.
+    """
+    if not largest >= 1:
+        raise ValueError(f"largest: must be at least 1, got {largest}")
+    if shift is not None:
+        reach = gaussian_profile(
+            log_radii,
+            dim,
+            shift,
+            log_offsets=log_offsets,
+            paired=paired,
+            unbounded=unbounded,
+            log_radius_error=log_radius_error,
+            log_radial_gaussian=log_radial_gaussian,
+        ).reliable_radius
+        return min(reach, largest)
+    law = _NormalLaw(
+        log_radii,
+        dim,
+        None,
+        log_offsets=log_offsets,
+        paired=paired,
+        unbounded=unbounded,
+        log_radius_error=log_radius_error,
+        log_radial_gaussian=log_radial_gaussian,
+    )
+
+    def passes(log_c: float) -> bool:
+        return law.at(math.exp(log_c))[1]
+
+    scales = np.log(_default_scales(law.lengths, dim))
+    if passes(0.0):
+        low, high = 0.0, min(float(scales[-1]), math.log(largest))
+        if high <= low or passes(high):
+            return math.exp(max(low, high))
+    else:
+        # Where the grid does not reach below 1, a law that narrow lies within the basin.
+        low, high = min(float(scales[0]), -1.0), 0.0
+        if not passes(low):
+            return 0.0
+    # A little wider, so that rounding does not add a step.
+    width = 1.001 * (high - low) / 2**_SCALE_HALVINGS
+    return math.exp(_bisect(passes, low, high, width))
+
+
+class _NormalLaw:
+    """The rays of one run under a normal law of any width."""
+
+    def __init__(
+        self,
+        log_radii: npt.ArrayLike,
+        dim: int,
+        shift: npt.ArrayLike | None,
+        *,
+        log_offsets: npt.ArrayLike | None,
+        paired: bool,
+        unbounded: npt.ArrayLike | None,
+        log_radius_error: float,
+        log_radial_gaussian: Callable[[int, Array, Array | None], Array],
+    ) -> None:
+        self.lengths = _vector(log_radii, "log_radii")
+        n = self.lengths.size
+        _check_dim(dim)
+        self._dim = dim
+        self._shift = None if shift is None else _vector(shift, "shift", n)
+        self._offsets = None if log_offsets is None else _vector(log_offsets, "log_offsets", n)
+        self._never = None if unbounded is None else np.asarray(unbounded, dtype=np.bool_)
+        self._paired = paired
+        self._log_radius_error = log_radius_error
+        self._log_radial_gaussian = log_radial_gaussian
+
+    def at(self, c: float) -> tuple[Summary, bool, float]:
+        """At c: the summary of the weights, whether they can be trusted, and the slope."""
+        weights = self._log_weights(c, self.lengths)
+        slope = self._slope(c, weights)
+        plain = self._shift is None and self._offsets is None
+        # Off its centre the weights have a bound that no draw comes near: judge their tail.
+        summary = summarise(
+            weights,
+            bounded=plain,
+            paired=self._paired,
+            log_bound=0.0 if plain else math.inf,
+            resolution=4.0 * slope * self._log_radius_error if math.isfinite(slope) else 0.0,
+        )
+        trusted = summary.reliable
+        if trusted and self._never is not None and self._never.any():
+            open_ended = self._log_weights(c, np.where(self._never, math.inf, self.lengths))
+            gap = float(np.logaddexp.reduce(open_ended) - np.logaddexp.reduce(weights))
+            trusted = gap <= max(1e-3, 0.1 * summary.stderr)
+        return summary, trusted, slope
+
+    def _log_weights(self, c: float, lengths: Array) -> Array:
+        with np.errstate(over="ignore"):
+            radius = np.exp(lengths - math.log(c))
+        b = None if self._shift is None else self._shift / c
+        values = np.asarray(self._log_radial_gaussian(self._dim, radius, b), dtype=np.float64)
+        return values if self._offsets is None else values + self._offsets
+
+    def _slope(self, c: float, weights: Array) -> float:
+        b = None if self._shift is None else self._shift / c
+        edges = _log_edge(self._dim, self.lengths - math.log(c), b)
+        edges = edges if self._offsets is None else edges + self._offsets
+        top = float(weights.max())
+        if top == -math.inf:
+            return math.nan
+        return float(np.exp(edges - top).sum() / np.exp(weights - top).sum())
 
 
 class _Table:
@@ -560,7 +717,7 @@ def _default_scales(lengths: Array, dim: int) -> Array:
     pad = math.log1p(3.0 / math.sqrt(dim))
     low = float(np.quantile(finite, 1e-3)) - 0.5 * math.log(dim) - pad
     high = float(finite.max()) - 0.5 * math.log(dim) + pad
-    return np.exp(np.linspace(low, high, _SCALE_GRID))
+    return np.union1d(np.exp(np.linspace(low, high, _SCALE_GRID)), 1.0)
 
 
 def _vector(values: npt.ArrayLike, name: str, size: int | None = None) -> Array:

@@ -41,6 +41,8 @@ HALF = 0.5 * (1.0 - 1e-9)
 CONSTANT_SPREAD = 1e-7
 # exp underflows at -745; ratios of excesses have to survive as well.
 _UNDERFLOW = 600.0
+# However coarse the search, weights that differ by more than this are not called one number.
+_MAX_BLUR = 0.1
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Summary:
             asked for.
         n_half_max: units with more than half of the largest weight.
         bounded: whether the weights have a bound that is known beforehand.
-        constant: whether they are all equal to rounding.
-        at_bound: whether the largest weight is at that bound.
+        constant: whether they are all equal, as far as they are known.
         reliable: whether the gate passed.
         reasons: plain sentences why it did not.
+        log_bound: log of a bound that no weight, and so not their mean, can exceed; inf where none
+            was given.
+        at_bound: whether the largest weight is at that bound.
     """
 
     n: int
@@ -79,6 +83,7 @@ class Summary:
     constant: bool
     reliable: bool
     reasons: tuple[str, ...]
+    log_bound: float = math.inf
     at_bound: bool = False
     extra_error: float = 0.0
 
@@ -94,14 +99,15 @@ def summarise(
     bounded: bool,
     paired: bool = False,
     need_pareto: bool = True,
-    log_bound: float | None = None,
+    log_bound: float = math.inf,
+    resolution: float = 0.0,
 ) -> Summary:
     """Mean, error and gate of some weights.
 
     The gate is a conjunction over independent units: effective sample size of at least 100, largest
     share of at most 5 %, and for unbounded weights a Pareto shape below 0.5, for bounded ones at
-    least 100 units with more than half of the largest weight. A constant weight passes for n >= 2:
-    one unit cannot show that it is one.
+    least 100 units with more than half of the largest weight. The last two rules are left out for a
+    constant weight, which has no tail: what spread it has is that of rounding or of the search.
 
     Args:
         log_weights: [n] float64, natural logs; -inf is a weight of zero.
@@ -109,7 +115,9 @@ def summarise(
         paired: entries 2i and 2i+1 are one unit, their mean; the last of an odd number stands
             alone.
         need_pareto: False leaves the fit of the tail out; unbounded weights then stay unreliable.
-        log_bound: the bound, where the weights can reach it.
+        log_bound: log of the bound, where the weights can reach it.
+        resolution: nats by which the search blurs a log weight; a smaller spread than this (or than
+            0.1, if that is less) tells nothing about the weights' tail. It stays in the error.
 
     Returns:
         The summary. All weights zero is legal: ``log_mean`` is -inf, and not reliable.
@@ -134,9 +142,11 @@ def summarise(
             constant=False,
             reliable=False,
             reasons=("every weight is zero",),
+            log_bound=log_bound,
         )
-    rounding = max(CONSTANT_SPREAD, 256 * np.finfo(np.float64).eps * abs(log_max))
-    constant = n > 1 and log_max - float(units.min()) <= rounding
+    spread = log_max - float(units.min())
+    rounding = rounding_of(log_max)
+    blur = max(rounding, min(resolution, _MAX_BLUR))
 
     weights = np.exp(units - log_max)
     mean = float(weights.mean())
@@ -144,7 +154,7 @@ def summarise(
     variance = float(np.square(deviation).mean())
     third = float(np.square(deviation) @ deviation) / n
     pareto_k = math.nan
-    if need_pareto and not bounded and not constant:
+    if need_pareto and not bounded and spread > blur:
         pareto_k = pareto_shape(units)
     return summary_from_moments(
         n=n,
@@ -155,9 +165,16 @@ def summarise(
         pareto_k=pareto_k,
         n_half_max=int(np.count_nonzero(weights >= HALF)),
         bounded=bounded,
-        constant=constant,
-        at_bound=log_bound is not None and log_bound - log_max <= rounding,
+        constant=spread <= rounding,
+        blurred=spread <= blur,
+        log_bound=log_bound,
+        at_bound=log_bound - log_max <= blur,
     )
+
+
+def rounding_of(log_weight: float) -> float:
+    """Nats by which equal log weights of this size may differ through rounding alone."""
+    return max(CONSTANT_SPREAD, 256 * float(np.finfo(np.float64).eps) * abs(log_weight))
 
 
 def summary_from_moments(
@@ -171,11 +188,19 @@ def summary_from_moments(
     n_half_max: int,
     bounded: bool,
     constant: bool,
-    at_bound: bool,
+    blurred: bool = False,
+    log_bound: float = math.inf,
+    at_bound: bool = False,
 ) -> Summary:
-    """The summary of n units from their moments; ``relative_variance`` is var(w) / mean(w)^2."""
+    """The summary of n units from their moments; ``relative_variance`` is var(w) / mean(w)^2.
+
+    ``constant`` units are equal to rounding and have no sampling error; ``blurred`` ones differ by
+    no more than the search may make them, and keep it.
+    """
+    constant = constant and n > 1
     if constant:
         relative_variance, skewness = 0.0, 0.0
+    constant |= blurred and n > 1
     ess = n / (1.0 + relative_variance)
     reasons = _refusals(n, ess, max_share, pareto_k, n_half_max, bounded, constant)
     return Summary(
@@ -191,6 +216,7 @@ def summary_from_moments(
         constant=constant,
         reliable=not reasons,
         reasons=reasons,
+        log_bound=log_bound,
         at_bound=at_bound,
     )
 
@@ -206,8 +232,6 @@ def _refusals(
 ) -> tuple[str, ...]:
     if n == 1:
         return ("one unit has no error estimate",)
-    if constant:
-        return ()
     reasons = []
     if not ess >= MIN_ESS:
         reasons.append(f"the effective sample size is {ess:.3g} of {n} units, below {MIN_ESS:g}")
@@ -215,6 +239,8 @@ def _refusals(
         reasons.append(
             f"one unit carries {max_share:.1%} of the total weight, more than {MAX_SHARE:.0%}"
         )
+    if constant:
+        return tuple(reasons)
     if bounded:
         if n_half_max < MIN_HALF_MAX:
             reasons.append(
@@ -303,6 +329,20 @@ def with_extra_error(summary: Summary, *errors: float) -> Summary:
     return replace(summary, extra_error=math.hypot(summary.extra_error, *errors))
 
 
+def radius_errors(
+    slope: float, log_radius_error: float, log_radius_bias: float = 0.0
+) -> tuple[float, float]:
+    """What inexact radii do to a log mean, nats, as independent errors.
+
+    Args:
+        slope: kappa >= 0, nats by which the log mean moves when every log radius moves by one.
+        log_radius_error: delta, an error of each log radius that has no preferred sign; what is
+            left of it in the mean is of second order, (kappa delta)^2 / 2.
+        log_radius_bias: an error that all log radii may share; it counts to first order.
+    """
+    return 0.5 * (slope * log_radius_error) ** 2, slope * log_radius_bias
+
+
 def interval(
     summary: Summary, level: float = 0.95, *, extra_error: float = 0.0
 ) -> tuple[float, float]:
@@ -313,7 +353,7 @@ def interval(
 
     Where nearly every weight is at its bound, units below it may exist that n draws did not meet;
     their probability is below -log(1 - level) / n at this level (the "rule of three"), and the
-    lower end allows for that much.
+    lower end allows for that much. The upper end never exceeds the bound.
 
     Args:
         summary: of the weights.
@@ -336,7 +376,9 @@ def interval(
     if summary.at_bound:
         below = max(below, -math.log1p(-level) * summary.max_share)
     further = z * math.hypot(summary.extra_error, extra_error)
-    return centre - math.hypot(below, further), centre + math.hypot(above, further)
+    # Rounding may have carried the mean itself beyond its bound.
+    ceiling = max(centre, summary.log_bound)
+    return centre - math.hypot(below, further), min(centre + math.hypot(above, further), ceiling)
 
 
 def _untransform(z: float, summary: Summary) -> float:
