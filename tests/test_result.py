@@ -29,7 +29,14 @@ def measure(**changes: object) -> fastvol.VolumeEstimate:
 
 
 @pytest.mark.parametrize(
-    "measure_of_space", [fastvol.Lebesgue(), fastvol.Lebesgue(0.9), fastvol.Gaussian(0.5)]
+    "measure_of_space",
+    [
+        fastvol.Lebesgue(),
+        fastvol.Lebesgue(0.9),
+        fastvol.Gaussian(0.5),
+        fastvol.Gaussian(torch.full((6,), 0.5)),
+        fastvol.Gaussian({"w": torch.linspace(0.2, 0.5, 6)}),
+    ],
 )
 def test_a_saved_result_is_the_same_when_loaded(tmp_path: Path, measure_of_space: object) -> None:
     result = measure(measure=measure_of_space)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import numbers
 import platform
@@ -17,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, engines, methods
-from ._layout import ParameterLayout, ParameterSelector
+from ._layout import ParameterLayout, ParameterSelector, digest
 from ._objective import PREFIX, Objective
-from ._problem import Problem, Progress
+from ._problem import Problem, Progress, typical_radius
 from ._state import preserved, unwrap
+from ._version import __version__
 from .engines import Plan, measure_plan
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .metrics import Metric, metric_scale
-from .result import VolumeEstimate
+from .result import Rays, VolumeEstimate
 
 _BLOCK = 1024
 # Told from a caller's own 0.1 by identity, so that threshold= and increase= together are an error.
@@ -162,11 +162,16 @@ def estimate(  # type: ignore[misc]
     engines.check_name(_string(engine, "engine"))
     chosen_backend = _backend.select(_string(backend, "backend"))
     count = _whole(n, "n", least=1, below=2**63)
+    try:
+        Rays.empty(count)
+    except (MemoryError, ValueError, OverflowError):
+        raise ValueError(
+            f"n is {count}: the radii of so many directions do not fit in memory"
+        ) from None
     seed = _whole(seed, "seed", least=0, below=2**64)
     _whole(replicates, "replicates", least=1)
     tolerance = None if _is_auto(rtol) else _positive(rtol, "rtol", most=0.5)
     lane_count = None if _is_auto(lanes) else _whole(lanes, "lanes", least=1)
-    given_plan = None if plan is None else _read_plan(plan, chosen_backend)
     paired = False if _is_auto(antithetic) else _boolean(antithetic, "antithetic")
     first_crossing = _boolean(first_crossing, "first_crossing")
     progress = _boolean(progress, "progress")
@@ -184,19 +189,48 @@ def estimate(  # type: ignore[misc]
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
     _check_device(device, layout.device)
     theta = layout.flatten()
-    scale, metric_name = metric_scale(metric, layout, theta)
-    if isinstance(measure, Gaussian):
-        layout.expand(measure.std, "std")
+    scale, metric_name = metric_scale(metric, layout, theta, used=isinstance(measure, Lebesgue))
+    ray_scale = layout.expand(measure.std, "std") if isinstance(measure, Gaussian) else scale
+    given_plan = None if plan is None else _read_plan(plan, chosen_backend, layout, lane_count)
+    start = typical_radius(theta, ray_scale)
 
     with preserved(inner), _Threads(given_plan), _quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
-        thresholds, single = _thresholds(threshold, increase, loss0)
+        thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
+        trouble = None
+        if given_plan is None:
+            given_plan, trouble = measure_plan(
+                objective,
+                layout,
+                ray_scale,
+                chosen_backend,
+                lanes=lane_count,
+                block=_BLOCK,
+                radius=0.1 * start,
+                rays=count,
+            )
+            torch.set_num_threads(given_plan.threads)
+        config = {
+            "layout": layout.describe(),
+            "point_sha256": digest(theta, scale),
+            "metric": metric_name,
+            "measure": measure.describe(),
+            "loss0": loss0,
+            "n": count,
+            "seed": seed,
+            "antithetic": paired,
+            "noise": "full",
+            "rtol": tolerance,
+            "first_crossing": first_crossing,
+        }
         problem = Problem(
             objective=objective,
             layout=layout,
             measure=measure,
             metric_scale=scale,
+            ray_scale=ray_scale,
+            typical_radius=start,
             loss0=loss0,
             thresholds=thresholds,
             n=count,
@@ -204,109 +238,46 @@ def estimate(  # type: ignore[misc]
             antithetic=paired,
             rtol=tolerance,
             first_crossing=first_crossing,
-            plan=_NO_PLAN,
+            plan=given_plan,
             backend=chosen_backend,
-            config=_config(
-                layout,
-                theta,
-                scale,
-                metric_name,
-                measure,
-                loss0,
-                count,
-                seed,
-                paired,
-                tolerance,
-                first_crossing,
-            ),
-            provenance={},
+            config=config,
+            provenance=_provenance(given_plan, layout, trouble),
             progress=progress,
             callbacks=calls,
             began=began,
         )
-        chosen, fell_back = _choose_plan(problem, given_plan, lane_count)
-        torch.set_num_threads(chosen.threads)
-        problem = _with_plan(problem, chosen, fell_back)
         results = run_method(problem)
     return results[0] if single else results
 
 
-_NO_PLAN = Plan("general", 1, 1, True, "float32", 1, 1, "torch")
-
-
-def _read_plan(plan: Any, backend: _backend.Backend) -> Plan:
+def _read_plan(
+    plan: Any, backend: _backend.Backend, layout: ParameterLayout, lanes: int | None
+) -> Plan:
     if not isinstance(plan, Mapping):
         raise TypeError(f"plan must be the plan of a result, got {type(plan).__name__}")
     read = Plan.from_description(plan)
-    if read.backend != backend.name:
-        raise ValueError(
-            f"plan was made with backend={read.backend!r}, this run has {backend.name!r}"
-        )
+    if lanes is not None and lanes != read.lanes:
+        raise ValueError(f"plan has {read.lanes} lanes, and lanes={lanes} was asked for")
+    own = {"backend": backend.name, "dtype": str(layout.dtype).removeprefix("torch.")}
+    for name, value in own.items():
+        if getattr(read, name) != value:
+            raise ValueError(
+                f"plan was made with {name} {getattr(read, name)!r}, this run has {value!r}"
+            )
     return read
 
 
-def _choose_plan(problem: Problem, plan: Plan | None, lanes: int | None) -> tuple[Plan, str | None]:
-    if plan is not None:
-        return plan, None
-    chosen, trouble = measure_plan(
-        problem.objective,
-        problem.layout,
-        problem.ray_scale,
-        problem.backend,
-        lanes=lanes,
-        block=_BLOCK,
-        radius=0.1 * problem.typical_radius,
-        rays=problem.n,
-    )
-    return chosen, trouble
-
-
-def _with_plan(problem: Problem, plan: Plan, fell_back: str | None) -> Problem:
-    from dataclasses import replace
-
-    from ._version import __version__
-
-    provenance = {
+def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dict[str, Any]:
+    return {
         "fastvol": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": str(problem.layout.device),
+        "device": str(layout.device),
         "engine": plan.engine,
         "backend": plan.backend,
-        "fell_back": [] if fell_back is None else [f"vmap: {fell_back}"],
-    }
-    return replace(problem, plan=plan, provenance=provenance)
-
-
-def _config(
-    layout: ParameterLayout,
-    theta: Tensor,
-    scale: Tensor,
-    metric: Any,
-    measure: Lebesgue | Gaussian,
-    loss0: float,
-    n: int,
-    seed: int,
-    antithetic: bool,
-    rtol: float | None,
-    first_crossing: bool,
-) -> dict[str, Any]:
-    digest = hashlib.sha256(theta.cpu().numpy().tobytes())
-    digest.update(scale.numpy().tobytes())
-    return {
-        "layout": layout.describe(),
-        "point_sha256": digest.hexdigest(),
-        "metric": metric,
-        "measure": measure.describe(),
-        "loss0": loss0,
-        "n": n,
-        "seed": seed,
-        "antithetic": antithetic,
-        "noise": "full",
-        "rtol": rtol,
-        "first_crossing": first_crossing,
+        "fell_back": [] if trouble is None else [f"vmap: {trouble}"],
     }
 
 
@@ -334,8 +305,14 @@ def _quiet_vmap() -> Iterator[None]:
         yield
 
 
-def _thresholds(threshold: Any, increase: Any, loss0: float) -> tuple[tuple[float, ...], bool]:
-    """The absolute thresholds, and whether one was asked for rather than a sequence."""
+def _thresholds(
+    threshold: Any, increase: Any, loss0: float, epsilon: float
+) -> tuple[tuple[float, ...], bool]:
+    """The absolute thresholds, and whether one was asked for rather than a sequence.
+
+    ``epsilon`` is the relative spacing of the losses: a threshold within two steps of the loss at
+    θ* cannot be told from it.
+    """
     if threshold is not None and increase is not _DEFAULT_INCREASE:
         raise ValueError("threshold and increase exclude each other; give one of them")
     given, name = (threshold, "threshold") if threshold is not None else (increase, "increase")
@@ -344,15 +321,18 @@ def _thresholds(threshold: Any, increase: Any, loss0: float) -> tuple[tuple[floa
         if any(value <= 0 for value in values):
             raise ValueError(f"increase must be positive, got {given}")
         values = [loss0 + value for value in values]
-        if any(value <= loss0 for value in values):
-            raise ValueError(
-                f"increase {given} vanishes beside the loss at the model's parameters, {loss0}"
-            )
     for value in values:
         if value < loss0:
             raise ValueError(
                 f"threshold {value} is below the loss at the model's parameters, {loss0}: they do "
                 "not lie in the basin"
+            )
+        step = epsilon * max(abs(value), abs(loss0))
+        if (value > loss0 or name == "increase") and value - loss0 < 2 * step:
+            raise ValueError(
+                f"{name} {given} leaves {value - loss0:.3g} above the loss at the model's "
+                f"parameters, {loss0}, which is computed in steps of {step:.3g}: take a larger "
+                "one, or compute the loss in a wider dtype"
             )
     return tuple(values), single
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +107,8 @@ class ParameterLayout:
                 to that parameter, or a tensor with ``size`` entries.
             argument: the name that an error message gives to ``value``.
         """
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.as_tensor(value, device="cpu")
         if isinstance(value, Mapping):
             flat = self._expand_mapping(value, argument)
         elif isinstance(value, Tensor):
@@ -115,7 +120,7 @@ class ParameterLayout:
             if value.is_meta or value.layout != torch.strided:
                 raise ValueError(f"{argument} must be a dense tensor that holds values")
             flat = value.detach().to("cpu", torch.float64).reshape(-1).expand(self.size).clone()
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
             flat = torch.full((self.size,), _as_float(value), dtype=torch.float64, device="cpu")
         else:
             raise TypeError(
@@ -155,13 +160,17 @@ class ParameterLayout:
             flat[segment.start : segment.stop] = entry.reshape(-1)
         return flat
 
-    def segment_of(self, coordinate: int) -> Segment:
-        """The parameter that holds a flat coordinate."""
-        return next(s for s in self.segments if s.start <= coordinate < s.stop)
-
     def describe(self) -> list[list[Any]]:
         """Names and shapes in order, JSON-ready: what a direction's coordinates mean."""
         return [[segment.name, list(segment.shape)] for segment in self.segments]
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the values of some tensors, in their own dtypes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Parameter]:
@@ -185,11 +194,16 @@ def _select(model: nn.Module, parameters: ParameterSelector) -> dict[str, nn.Par
             "parameters must be None, a name, an iterable of names or patterns, or a predicate "
             f"(name, parameter) -> bool, got {type(parameters).__name__}"
         )
+    # A tied parameter answers to each of its names.
+    first = {id(p): name for name, p in everything.items()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     wanted: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"parameters must contain strings, got {type(pattern).__name__}")
-        matches = {pattern} if pattern in everything else set(fnmatch.filter(everything, pattern))
+        matches = {names[name] for name in fnmatch.filter(names, pattern)}
+        if pattern in names:
+            matches = {names[pattern]}
         if not matches:
             raise ValueError(
                 f"parameters: {pattern!r} matches no parameter of model; it has {list(everything)}"
@@ -209,7 +223,7 @@ def _has_entries(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0
 
 
-def _as_float(value: float) -> float:
+def _as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:

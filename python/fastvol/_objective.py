@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Objective:
         self._batches: list[Batch] | None = None
         self._reference_targets: list[Any] | None = None
         self._largest_batch = 0
+        self.epsilon = torch.finfo(torch.float32).eps
         if data is None:
             self._batches = [Batch((), {}, None, 1.0)]
         elif _is_one_batch(data):
@@ -180,6 +182,7 @@ class Objective:
         with torch.no_grad():
             for batch in self.batches():
                 value = self.call(parameters, batch)
+                self.epsilon = _epsilon(value, parameters)
                 total += batch.weight * as_float(value)
                 weight += batch.weight
                 self._largest_batch = max(self._largest_batch, _bytes((batch.args, batch.kwargs)))
@@ -329,20 +332,32 @@ def _bytes(value: Any) -> int:
     return 0
 
 
+def _epsilon(value: Any, parameters: Mapping[str, Tensor]) -> float:
+    """Relative spacing of the numbers that a loss is computed in."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.finfo(value.dtype).eps
+    return torch.finfo(next(iter(parameters.values())).dtype).eps
+
+
 def _mean_weight(loss_fn: Any, target: Any, examples: int) -> float:
     """What the mean that ``loss_fn`` takes over one batch divides by.
 
-    The examples; for PyTorch's classification losses the targets that are not ignored, times their
-    class weights.
+    The examples; for PyTorch's classification losses, also inside ``functools.partial``, the
+    targets that are not ignored, times their class weights.
     """
-    module = isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss))
-    if not (module or loss_fn in (F.cross_entropy, F.nll_loss)):
+    options: Mapping[str, Any] = {}
+    if isinstance(loss_fn, functools.partial):
+        loss_fn, options = loss_fn.func, loss_fn.keywords
+    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        options = {"ignore_index": loss_fn.ignore_index, "weight": loss_fn.weight}
+    elif loss_fn not in (F.cross_entropy, F.nll_loss):
         return float(examples)
     if not isinstance(target, Tensor) or target.is_floating_point():
         return float(examples)
-    kept = target != (loss_fn.ignore_index if module else -100)
-    if module and loss_fn.weight is not None:
-        return float(loss_fn.weight.to(target.device)[target[kept]].sum())
+    kept = target != options.get("ignore_index", -100)
+    class_weight = options.get("weight")
+    if class_weight is not None:
+        return float(class_weight.to(target.device)[target[kept]].sum())
     return float(kept.sum())
 
 

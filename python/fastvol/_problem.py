@@ -43,6 +43,18 @@ class Progress:
     seconds: float
 
 
+def typical_radius(theta: Tensor, scale: Tensor) -> float:
+    """A radius to start from when nothing is known: a tenth of the parameters' own length.
+
+    Args:
+        theta: ``[size]``. scale: float64 ``[size]`` on the CPU, 0 where nothing moves.
+    """
+    moving = scale > 0
+    length = float((theta.to("cpu", torch.float64)[moving] / scale[moving]).norm())
+    usable = length > 0 and math.isfinite(length)
+    return 0.1 * (length if usable else math.sqrt(int(moving.sum())))
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of :func:`fastvol.estimate`, validated.
@@ -52,6 +64,9 @@ class Problem:
         layout: the moved parameters.
         measure: how space is weighted.
         metric_scale: s of the metric, float64 ``[size]`` on the CPU; 0 where nothing moves.
+        ray_scale: the coordinates in which rays are isotropic: the metric's, or the normal law's
+            own standard deviations.
+        typical_radius: see :func:`typical_radius`.
         loss0: L(θ*).
         thresholds: τ, one per result.
         n: directions.
@@ -71,6 +86,8 @@ class Problem:
     layout: ParameterLayout
     measure: Lebesgue | Gaussian
     metric_scale: Tensor
+    ray_scale: Tensor
+    typical_radius: float
     loss0: float
     thresholds: tuple[float, ...]
     n: int
@@ -85,13 +102,6 @@ class Problem:
     progress: bool
     callbacks: Sequence[Callable[[Progress], Any]]
     began: float
-
-    @cached_property
-    def ray_scale(self) -> Tensor:
-        """The coordinates in which rays are isotropic: the metric's, or the normal law's own."""
-        if isinstance(self.measure, Gaussian):
-            return self.layout.expand(self.measure.std, "std")
-        return self.metric_scale
 
     @cached_property
     def dim(self) -> int:
@@ -109,14 +119,6 @@ class Problem:
     def offset_squared(self) -> float:
         """‖μ‖², 0 without an offset."""
         return 0.0 if self.offset is None else float(self.offset.square().sum())
-
-    @property
-    def typical_radius(self) -> float:
-        """A radius to start from when nothing is known: a tenth of the parameters' own length."""
-        moving = self.ray_scale > 0
-        theta = self.layout.flatten().to("cpu", torch.float64)[moving]
-        length = float((theta / self.ray_scale[moving]).norm())
-        return 0.1 * (length if length > 0 and math.isfinite(length) else math.sqrt(self.dim))
 
     def engine(self) -> GeneralEngine:
         """A new engine over this problem's rays."""

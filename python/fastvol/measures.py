@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
+from ._layout import digest
 from .errors import FastvolError
 
 
@@ -30,7 +32,7 @@ class Lebesgue:
     kind: ClassVar[str] = "lebesgue"
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_radius, bool) or not isinstance(self.max_radius, (int, float)):
+        if isinstance(self.max_radius, bool) or not isinstance(self.max_radius, numbers.Real):
             raise TypeError(f"max_radius must be a number, got {type(self.max_radius).__name__}")
         if not self.max_radius > 0:
             raise ValueError(f"max_radius must be positive, got {self.max_radius}")
@@ -71,53 +73,77 @@ class Gaussian:
     def __post_init__(self) -> None:
         if self.center not in ("minimum", "origin"):
             raise ValueError(f"center must be 'minimum' or 'origin', got {self.center!r}")
-        if isinstance(self.std, bool) or not isinstance(
-            self.std, (int, float, Mapping, torch.Tensor)
-        ):
+        std: Any = self.std
+        if isinstance(std, numbers.Real) and not isinstance(std, bool):
+            try:
+                std = float(std)
+            except OverflowError as error:
+                raise ValueError("std is too large for a float") from error
+            if not 0 < std < math.inf:
+                raise ValueError(f"std must be positive and finite, got {std}")
+        elif isinstance(std, Mapping):
+            # Copies: the caller may go on to change his tensors.
+            std = {name: _copy(value) for name, value in std.items()}
+        elif isinstance(std, (torch.Tensor, np.ndarray)):
+            std = _copy(std)
+        else:
             raise TypeError(
                 "std must be a number, a mapping from parameter name to numbers or tensors, or a "
-                f"tensor, got {type(self.std).__name__}"
+                f"tensor, got {type(std).__name__}"
             )
-        if isinstance(self.std, (int, float)):
-            if not 0 < self.std <= sys.float_info.max:
-                raise ValueError(f"std must be positive and finite, got {self.std}")
-            object.__setattr__(self, "std", float(self.std))
+        object.__setattr__(self, "std", std)
 
     def describe(self) -> dict[str, Any]:
-        """The measure as JSON-ready values, for the config of a result."""
-        std: Any
-        if isinstance(self.std, float):
-            std = self.std
-        elif isinstance(self.std, Mapping):
-            std = {
-                name: torch.as_tensor(value, dtype=torch.float64, device="cpu").tolist()
-                for name, value in self.std.items()
-            }
-        else:
-            assert isinstance(self.std, torch.Tensor)
-            std = self.std.tolist()
-        return {"kind": self.kind, "std": std, "center": self.center}
+        """The measure as JSON-ready values, for the config of a result; tensors by their digest."""
+        std: Any = self.std
+        if isinstance(std, Mapping):
+            std = {str(name): _described(value) for name, value in std.items()}
+        return {"kind": self.kind, "std": _described(std), "center": self.center}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of ``std`` by the names that a file gives them."""
+        if isinstance(self.std, torch.Tensor):
+            return {_FILE_PREFIX: self.std}
+        if not isinstance(self.std, Mapping):
+            return {}
+        return {
+            f"{_FILE_PREFIX}.{name}": value
+            for name, value in self.std.items()
+            if isinstance(value, torch.Tensor)
+        }
 
 
 Measure = Lebesgue | Gaussian
 
-
-def _cpu_tensor(values: list[Any]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+_FILE_PREFIX = "std"
 
 
-def measure_from(description: Mapping[str, Any]) -> Measure:
-    """The measure that :meth:`describe` wrote down."""
+def measure_from(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Measure:
+    """The measure of a description and of the tensors that belong to it."""
     if description["kind"] == "lebesgue":
         return Lebesgue(description["max_radius"])
-    if description["kind"] == "gaussian":
-        std = description["std"]
-        if isinstance(std, Mapping):
-            std = {
-                name: _cpu_tensor(value) if isinstance(value, list) else value
-                for name, value in std.items()
-            }
-        elif isinstance(std, list):
-            std = _cpu_tensor(std)
-        return Gaussian(std, description["center"])
-    raise FastvolError(f"unknown measure {description['kind']!r}")
+    if description["kind"] != "gaussian":
+        raise FastvolError(f"unknown measure {description['kind']!r}")
+    std = description["std"]
+    if _FILE_PREFIX in tensors:
+        std = tensors[_FILE_PREFIX]
+    elif isinstance(std, Mapping):
+        std = {name: tensors.get(f"{_FILE_PREFIX}.{name}", value) for name, value in std.items()}
+    return Gaussian(std, description["center"])
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray, list, tuple)):
+        try:
+            tensor = torch.as_tensor(value, device="cpu")
+            if not tensor.is_complex():
+                return tensor.detach().to(torch.float64).clone()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            pass  # named when the values are laid out over the parameters
+    return value
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {"sha256": digest(value), "shape": list(value.shape)}
+    return value if isinstance(value, (dict, str)) else float(value)

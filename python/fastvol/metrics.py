@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._layout import ParameterLayout
+from ._layout import ParameterLayout, digest
 from .errors import FastvolWarning
 
 
@@ -69,8 +69,16 @@ class FilterMetric:
 Metric = str | FilterMetric | Mapping[str, Any] | Tensor
 
 
-def metric_scale(metric: Metric, layout: ParameterLayout, theta: Tensor) -> tuple[Tensor, Any]:
+def metric_scale(
+    metric: Metric, layout: ParameterLayout, theta: Tensor, *, used: bool = True
+) -> tuple[Tensor, Any]:
     """The metric's scales and its JSON-ready description.
+
+    Args:
+        metric: as in :func:`fastvol.estimate`.
+        layout: the moved parameters.
+        theta: their values, ``[size]``.
+        used: ``False`` where nothing is measured in it; then a filter is not evaluated.
 
     Returns:
         float64 ``[size]`` on the CPU (0 where a coordinate does not move), and the description.
@@ -82,18 +90,14 @@ def metric_scale(metric: Metric, layout: ParameterLayout, theta: Tensor) -> tupl
         if metric == "euclidean":
             return torch.ones(layout.size, dtype=torch.float64, device="cpu"), "euclidean"
         if metric == "filter":
-            return FilterMetric().scale(layout, theta), "filter"
+            return metric_scale(FilterMetric(), layout, theta, used=used)
         raise ValueError(
             f"metric must be 'euclidean', 'filter', a FilterMetric, or scales, got {metric!r}"
         )
     if isinstance(metric, FilterMetric):
         name = "filter" if metric.zero_rows == "error" else "filter, zero rows dropped"
+        if not used:
+            return torch.ones(layout.size, dtype=torch.float64, device="cpu"), name
         return metric.scale(layout, theta), name
     scale = layout.expand(metric, "metric")
-    return scale, {"scales_sha256": _digest(scale)}
-
-
-def _digest(scale: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(scale.numpy().tobytes()).hexdigest()
+    return scale, {"scales_sha256": digest(scale)}

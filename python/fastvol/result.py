@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ._backend import formulas
 from ._profile import Profile, gaussian_profile, lebesgue_profile, reliable_radius
@@ -28,6 +29,10 @@ Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 FORMAT_VERSION = 1
+# Nats: an error of the search itself beyond this makes an estimate unreliable.
+_MOST_EXTRA_ERROR = 0.5
+# What re-entrance may take off the weight by way of correction; its error says the rest.
+_MOST_REENTRANT = 0.9
 
 # Config entries that may differ between results that are combined.
 _FREE_CONFIG = ("seed", "n", "pilot")
@@ -46,7 +51,8 @@ class Rays:
         audited: scanned for an earlier crossing.
         sampled: audited by chance, not for its weight.
         reentrant: an earlier crossing was found.
-        reentrant_error: share of the weight that unaudited rays may carry too much.
+        reentrant_share: share of the weight that unaudited rays carry too much, by the random ones.
+        reentrant_error: its standard error.
     """
 
     log_radii: Float
@@ -55,6 +61,7 @@ class Rays:
     audited: Bool
     sampled: Bool
     reentrant: Bool
+    reentrant_share: float = 0.0
     reentrant_error: float = 0.0
 
     @classmethod
@@ -77,8 +84,12 @@ class Rays:
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in _RAY_ARRAYS
         }
-        error = (a.n * a.reentrant_error + b.n * b.reentrant_error) / (a.n + b.n)
-        return cls(**arrays, reentrant_error=error)
+        n = a.n + b.n
+        return cls(
+            **arrays,
+            reentrant_share=(a.n * a.reentrant_share + b.n * b.reentrant_share) / n,
+            reentrant_error=math.hypot(a.n * a.reentrant_error, b.n * b.reentrant_error) / n,
+        )
 
 
 def log_weights(
@@ -197,13 +208,22 @@ class VolumeEstimate:
         """log V̂ − log(1/(1 − level)), nats: below the truth with probability ``level``.
 
         By Markov's inequality for the mean of independent non-negative weights, whatever their
-        tail; it does not need ``reliable``.
+        tail; it does not need ``reliable``. The search's own error is taken off as well.
 
         Args:
             level: between 0 and 1.
         """
         _check_level(level)
-        return lower_bound(self.statistics, level) + (self.log_volume - self.statistics.log_mean)
+        shift = self.log_volume - self.statistics.log_mean
+        return lower_bound(self.statistics, level) + shift - self.statistics.extra_error
+
+    @property
+    def _reentrance(self) -> float:
+        """What re-entrant rays may cost at a cap, nats: the whole's correction and its error.
+
+        At a smaller cap fewer of them matter, so a profile is not corrected.
+        """
+        return math.hypot(self._rays.reentrant_share, self._rays.reentrant_error)
 
     @cached_property
     def reliable_radius(self) -> float:
@@ -214,8 +234,8 @@ class VolumeEstimate:
         """
         if isinstance(self.measure, Gaussian):
             return self.profile().reliable_radius
-        if self.reliable and math.isinf(self.measure.max_radius):
-            return math.inf
+        if self.reliable:
+            return self.measure.max_radius
         radius = reliable_radius(
             self.log_radii,
             self.dim,
@@ -252,7 +272,7 @@ class VolumeEstimate:
                 paired=self.paired,
                 unbounded=self.status == 1,
                 level=level,
-                extra_error=self._rays.reentrant_error,
+                extra_error=self._reentrance,
                 log_radial_gaussian=formulas().log_radial_gaussian,
             )
         if chosen is not None and (chosen > self.measure.max_radius).any():
@@ -268,7 +288,7 @@ class VolumeEstimate:
             max_radius=self.measure.max_radius,
             level=level,
             log_radius_error=_log_radius_error(self.config),
-            extra_error=self._rays.reentrant_error,
+            extra_error=self._reentrance,
         )
 
     def summary(self) -> str:
@@ -346,7 +366,7 @@ class VolumeEstimate:
         config = dict(self.config)
         config["n"] = self._counts() + other._counts()
         config["pilot"] = {**self.config["pilot"]}
-        for name in ("rtol", "rounding"):
+        for name in ("rtol", "rounding", "bias"):
             config["pilot"][name] = max(self.config["pilot"][name], other.config["pilot"][name])
         return assemble(
             Rays.join(self._rays, other._rays),
@@ -376,19 +396,22 @@ class VolumeEstimate:
         """
         from safetensors.numpy import save_file
 
-        target = Path(path)
+        target = _path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"path: there is no folder {target.parent}")
         if target.is_dir():
             raise IsADirectoryError(f"path: {target} is a folder")
         rays = self._rays
         arrays = {name: getattr(rays, name) for name in _RAY_ARRAYS}
+        if isinstance(self.measure, Gaussian):
+            arrays |= {name: t.numpy() for name, t in self.measure.tensors().items()}
         header = {
             "format_version": FORMAT_VERSION,
             "measure": self.measure.describe(),
             "dim": self.dim,
             "log_abs_scale": self._log_abs_scale,
             "offset_squared": self._offset_squared,
+            "reentrant_share": rays.reentrant_share,
             "reentrant_error": rays.reentrant_error,
             "seeds": list(self.seeds),
             "config": self.config,
@@ -416,12 +439,14 @@ class VolumeEstimate:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
+        if not _path(path).is_file():
             raise FileNotFoundError(f"path: there is no file {path}")
         try:
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})["fastvol"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: stored.pop(name) for name in _RAY_ARRAYS if name in stored}
+            tensors = {name: torch.from_numpy(array) for name, array in stored.items()}
             version = header["format_version"]
             if version != FORMAT_VERSION:
                 raise ValueError(
@@ -430,8 +455,12 @@ class VolumeEstimate:
             _check_arrays(arrays, header["dim"])
             kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
             return assemble(
-                Rays(**arrays, reentrant_error=header["reentrant_error"]),
-                measure=measure_from(header["measure"]),
+                Rays(
+                    **arrays,
+                    reentrant_share=header["reentrant_share"],
+                    reentrant_error=header["reentrant_error"],
+                ),
+                measure=measure_from(header["measure"], tensors),
                 log_abs_scale=header["log_abs_scale"],
                 offset_squared=header["offset_squared"],
                 seeds=tuple(header["seeds"]),
@@ -478,15 +507,23 @@ def assemble(
     # Off its centre a normal law's weights have a bound, e^(b²/2), that no draw comes near: their
     # tail is what has to be judged.
     bounded = capped and offset_squared == 0
-    statistics = summarise(weights, bounded=bounded, paired=bool(config["antithetic"]))
+    delta = _log_radius_error(config)
+    statistics = summarise(
+        weights,
+        bounded=bounded,
+        paired=bool(config["antithetic"]),
+        log_bound=_log_bound(measure, dim) if bounded else math.inf,
+        resolution=4.0 * dim * delta,
+    )
+    share = min(max(rays.reentrant_share, 0.0), _MOST_REENTRANT)
+    statistics = replace(statistics, log_mean=statistics.log_mean + math.log1p(-share))
     metric_volume = statistics.log_mean + constant - 0.5 * offset_squared
     lebesgue = isinstance(measure, Lebesgue)
 
     counts = np.bincount(rays.status, minlength=len(_STATUS_NAMES))
     n_unbounded, n_nonfinite, n_failed = (int(count) for count in counts[1:4])
-    kappa = _kappa(measure, dim, rays, weights)
-    delta = _log_radius_error(config)
-    tolerance_error = 0.5 * (kappa * delta) ** 2
+    kappa = sensitivity(measure, dim, rays.log_radii, rays.shift, rays.status)
+    tolerance_error = math.hypot(0.5 * (kappa * delta) ** 2, kappa * float(config["pilot"]["bias"]))
     sampling_error = statistics.stderr
     statistics = with_extra_error(statistics, tolerance_error, rays.reentrant_error)
     checked = rays.sampled if rays.sampled.any() else rays.audited
@@ -515,6 +552,8 @@ def assemble(
             f"the radii are known to {delta:.1e} only, which at d = {dim} may cost "
             f"{tolerance_error:.2g} nats"
         )
+    if math.hypot(tolerance_error, rays.reentrant_error) > _MOST_EXTRA_ERROR:
+        reliable = False
     return VolumeEstimate(
         log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
         log_volume_metric=metric_volume,
@@ -547,18 +586,35 @@ def assemble(
     )
 
 
+def _log_bound(measure: Lebesgue | Gaussian, dim: int) -> float:
+    """The log weight of a ray that ends at the cap, or holds all of a centred normal law's mass."""
+    if isinstance(measure, Gaussian):
+        return 0.0
+    return dim * math.log(measure.max_radius) - math.log(dim)
+
+
 def _log_radius_error(config: Mapping[str, Any]) -> float:
     """δ: what a log radius may be off by, through the search's tolerance or the loss's rounding."""
     return float(max(config["pilot"]["rtol"], config["pilot"]["rounding"]))
 
 
-def _kappa(measure: Lebesgue | Gaussian, dim: int, rays: Rays, weights: Float) -> float:
-    """Nats by which the answer moves per unit of log radius."""
+def sensitivity(
+    measure: Lebesgue | Gaussian,
+    dim: int,
+    log_radii: Float,
+    shift: Float,
+    status: npt.NDArray[np.uint8],
+) -> float:
+    """κ: nats by which the answer moves per unit of log radius.
+
+    d for an uncapped volume; under a cap d times the weighted share of rays that end inside it.
+    """
+    weights, _ = log_weights(measure, dim, log_radii, shift)
     if isinstance(measure, Lebesgue):
-        derivative = np.where(rays.status == 1, 0.0, float(dim))
+        derivative = np.where(status == 1, 0.0, float(dim))
     else:
         step = 1e-5
-        further, _ = log_weights(measure, dim, rays.log_radii + step, rays.shift)
+        further, _ = log_weights(measure, dim, log_radii + step, shift)
         derivative = np.nan_to_num((further - weights) / step, posinf=float(dim))
     top = weights.max()
     if not math.isfinite(top):
@@ -599,6 +655,12 @@ def _positive_vector(values: npt.ArrayLike, name: str) -> Float:
     if vector.ndim != 1 or not len(vector) or not ((vector > 0) & (vector < math.inf)).all():
         raise ValueError(f"{name} must be a vector of positive, finite numbers")
     return vector
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
+    return Path(path)
 
 
 def _check_level(level: float) -> None:

@@ -164,7 +164,8 @@ class LaneSearch:
             self.phase[lanes] != _Phase.SETTLED
         )
         failed = lanes[spent]
-        best = torch.where(self._inside.known[failed], self._inside.x[failed], self.x[failed])
+        inside_known = self._inside.known[failed]
+        best = torch.where(inside_known, self._inside.x[failed], self._outside.x[failed])
         self._settle(failed, best, Status.FAILED)
 
     def _settle(self, lanes: Tensor, x: Tensor, status: int | Tensor) -> None:

@@ -6,6 +6,7 @@ slower (a batch of rays falls out of cache) or where ``vmap`` cannot go.
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -29,8 +30,7 @@ _ROWS_BYTES = 512 << 20
 # Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
 _CHUNK_BYTES = 256 << 20
 _SINGLE_LANES = 4
-# Chunks, lanes, threads or directions per block beyond this are a mistake in a plan.
-_MOST_COUNTED = 2**16
+_PROBE_STREAM = 2
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,15 @@ class Plan:
             raise ValueError(f"plan is not the plan of a result: {error}") from error
         if plan.engine != "general":
             raise ValueError(f"plan has the engine {plan.engine!r}; this version has 'general'")
-        for name in ("chunk", "lanes", "threads", "noise_threads", "block"):
+        if type(plan.keep_rows) is not bool:
+            raise ValueError(f"plan['keep_rows'] must be True or False, got {plan.keep_rows!r}")
+        cores = os.cpu_count() or 1
+        most = {"chunk": 2**16, "lanes": 2**16, "block": 2**16}
+        for name in (*most, "threads", "noise_threads"):
             count = getattr(plan, name)
-            if type(count) is not int or not 1 <= count <= _MOST_COUNTED:
+            if type(count) is not int or not 1 <= count <= most.get(name, cores):
                 raise ValueError(
-                    f"plan[{name!r}] must be a whole number from 1 to {_MOST_COUNTED}, got "
+                    f"plan[{name!r}] must be a whole number from 1 to {most.get(name, cores)}, got "
                     f"{count!r}"
                 )
         return plan
@@ -380,6 +384,8 @@ def measure_plan(
     """
     most_threads = torch.get_num_threads()
     bytes_per_ray = layout.size * torch.finfo(layout.dtype).bits // 8
+    coarsest = max(objective.epsilon, *(torch.finfo(s.dtype).eps for s in layout.segments))
+    tolerance = 1e-9 if coarsest < 1e-12 else max(1e-3, 8 * coarsest)
 
     def plan_for(chunk: int, lane_count: int, threads: int, reason: str = "") -> Plan:
         return Plan(
@@ -401,7 +407,7 @@ def measure_plan(
         ids = np.arange(chunk)
         engine.load(ids, Indexed(0, ids, stream=_PROBE_STREAM))
         radii = np.full(chunk, radius)
-        values = engine.loss(radii).values
+        first = values = engine.loss(radii).values
         best, best_threads = float("inf"), most_threads
         for threads in sorted({most_threads, 1}):
             torch.set_num_threads(threads)
@@ -415,6 +421,11 @@ def measure_plan(
                 spent += elapsed
                 if spent > 0.03:
                     break
+        if chunk == 1 and not _agree(values[0], first[0], tolerance):
+            raise ValueError(
+                f"loss_fn gave {first[0]!r} and then {values[0]!r} at the same perturbed "
+                "parameters; it must be a fixed function of them"
+            )
         return best / chunk, best_threads, values
 
     affordable = _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)
@@ -431,7 +442,7 @@ def measure_plan(
         except (FastvolError, TypeError, ValueError, RuntimeError) as error:
             trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
             break
-        if not _agree(values[0], reference[0], layout.dtype):
+        if not _agree(values[0], reference[0], tolerance):
             trouble = f"vmap gave a loss of {values[0]} where one ray alone gave {reference[0]}"
             best_chunk, best_seconds, best_threads = 1, single, threads
             break
@@ -444,7 +455,7 @@ def measure_plan(
         chunk *= 2
     if trouble is not None and best_chunk == 1:
         warnings.warn(
-            f"vmap cannot run this model and loss; rays are evaluated one at a time ({trouble})",
+            f"rays are evaluated one at a time: vmap cannot run this model and loss ({trouble})",
             FastvolWarning,
             stacklevel=4,
         )
@@ -455,11 +466,7 @@ def measure_plan(
     return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 
-_PROBE_STREAM = 2
-
-
-def _agree(a: float, b: float, dtype: torch.dtype) -> bool:
+def _agree(a: float, b: float, tolerance: float) -> bool:
     if not (np.isfinite(a) and np.isfinite(b)):
         return bool(np.isfinite(a) == np.isfinite(b))
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
     return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-6)

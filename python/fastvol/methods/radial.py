@@ -21,7 +21,7 @@ from .._problem import Problem, Progress
 from .._reference.search import Status
 from ..engines import GeneralEngine, Indexed
 from ..measures import Lebesgue
-from ..result import Rays, VolumeEstimate, assemble, log_weights
+from ..result import Rays, VolumeEstimate, assemble, log_weights, sensitivity
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -31,12 +31,14 @@ _PILOT_STREAM = 1
 # An infinite measure's search ends this many doublings beyond the pilot's median radius.
 _CAP_DOUBLINGS = 20
 _RTOL_MOST, _RTOL_LEAST = 1e-3, 1e-12
+_PILOT_RTOL = 1e-4
 # A log weight may be off by this much through the tolerance of its radius.
 _TOLERATED_NATS = 0.02
 _LEADERS = 64
 _LEADER_SHARE_TIMES_N = 10.0
 _LEADING_WEIGHT = 0.99
-_SPOT_CHECK_COST = 0.05
+_SPOT_CHECK_COST = 0.10
+_SPOT_CHECKS_LEAST = 64
 _AUDIT_COST = 0.10
 _SCAN_POINTS = 32
 _SCAN_SPAN = math.log(8.0)
@@ -86,7 +88,9 @@ class Pilot:
     Args:
         log_radius: median log radius, where every search starts.
         slope: median of d f / d log r at the threshold.
-        rounding: error in log r that the loss's own rounding makes.
+        rounding: error in log r that the loss's own rounding makes, of random sign.
+        bias: error in log r common to all rays: the loss's last digit; half the tolerance where
+            the loss jumps over the threshold, so that nothing can be interpolated.
         rtol: tolerance of the run.
         log_cap: where the search ends.
     """
@@ -94,6 +98,7 @@ class Pilot:
     log_radius: float
     slope: float
     rounding: float
+    bias: float
     rtol: float
     log_cap: float
 
@@ -103,6 +108,7 @@ class Pilot:
             "start_log_radius": self.log_radius,
             "slope": self.slope,
             "rounding": self.rounding,
+            "bias": self.bias,
             "rtol": self.rtol,
             "log_cap": self.log_cap,
         }
@@ -215,7 +221,8 @@ def _pilot(problem: Problem, loss: _RayLoss, threshold: float) -> Pilot:
         log_radius=guess,
         slope=2.0,
         rounding=0.0,
-        rtol=1e-3,
+        bias=0.0,
+        rtol=_PILOT_RTOL,
         log_cap=min(measure_cap, guess + 2 * _CAP_DOUBLINGS * math.log(2.0)),
     )
     count = min(_PILOT_DIRECTIONS, max(4, problem.n))
@@ -233,17 +240,27 @@ def _pilot(problem: Problem, loss: _RayLoss, threshold: float) -> Pilot:
         )
         log_radii[ids], status[ids], shift[ids] = outcome[0], outcome[1], loss.dot_over_norm
         start = float(np.median(log_radii[: ids[-1] + 1]))
-    crossed = np.flatnonzero(status == Status.CONVERGED)
-    slope, rounding = _slope_and_rounding(problem, loss, threshold, log_radii, crossed)
+    crossed = np.flatnonzero(status == Status.CONVERGED)[:4]
+    boundary = _inspect_boundary(problem, loss, threshold, log_radii[crossed], crossed)
     log_cap = min(measure_cap, start + _CAP_DOUBLINGS * math.log(2.0))
-    if not len(crossed):
+    if (status == Status.UNBOUNDED).all():
         log_cap = blind.log_cap
     if problem.rtol is not None:
         rtol = problem.rtol
     else:
-        kappa = sensitivity(problem.measure, problem.dim, log_radii, shift)
-        rtol = min(_RTOL_MOST, max(_TOLERATED_NATS / kappa, rounding, _RTOL_LEAST))
-    return Pilot(start, slope, rounding, rtol, log_cap)
+        kappa = sensitivity(problem.measure, problem.dim, log_radii, shift, status)
+        # A pilot that saw no ray end inside the cap cannot know that there is none.
+        kappa = max(1.0, kappa, problem.dim / (count + 1.0))
+        rtol = min(_RTOL_MOST, max(_TOLERATED_NATS / kappa, boundary.rounding, _RTOL_LEAST))
+    jumps = boundary.jumps or bool((status == Status.NONFINITE).any())
+    return Pilot(
+        log_radius=start,
+        slope=boundary.slope,
+        rounding=boundary.rounding,
+        bias=max(boundary.last_digit, 0.5 * rtol if jumps else 0.0),
+        rtol=rtol,
+        log_cap=log_cap,
+    )
 
 
 def _measure_log_cap(problem: Problem) -> float:
@@ -254,60 +271,62 @@ def _measure_log_cap(problem: Problem) -> float:
     return math.log(math.sqrt(problem.offset_squared) + math.sqrt(problem.dim) + 10.0)
 
 
-def _slope_and_rounding(
-    problem: Problem, loss: _RayLoss, threshold: float, log_radii: Float, crossed: Int
-) -> tuple[float, float]:
-    """The slope of f at the root, and the loss's rounding there as an error in log r.
+@dataclass(frozen=True)
+class _Boundary:
+    """How the loss crosses the threshold: slope of f, errors in log r, whether it jumps."""
 
-    The loss is evaluated on a fine grid around the roots of a few pilot rays; what a parabola does
-    not explain is rounding.
+    slope: float
+    rounding: float
+    last_digit: float
+    jumps: bool
+
+
+def _inspect_boundary(
+    problem: Problem, loss: _RayLoss, threshold: float, log_radii: Float, rays: Int
+) -> _Boundary:
+    """Evaluates the loss around the roots of a few pilot rays, on a fine grid and 2 % away.
+
+    The noise of the loss is taken from the median second difference on the fine grid, which
+    neither curvature nor a single jump moves. The loss jumps where the fine grid, a sixtieth as
+    wide, holds a good part of the change.
     """
-    rays = crossed[:4]
-    if not len(rays):
-        return 2.0, 0.0
     wide = np.array([-0.02, 0.02])
     fine = np.arange(-5, 6) * 2.0**-14
-    slopes, errors = [], []
-    for ray in rays:
+    slopes, errors, jumps = [], [], []
+    gap = threshold - problem.loss0
+    lane = np.array([0])
+    for ray, root in zip(rays, log_radii, strict=True):
         loss.assign(np.array([ray]))
-        lane = np.array([0])
         loss.load(lane, lane)
-        points = log_radii[ray] + np.concatenate([wide, fine])
+        points = root + np.concatenate([wide, fine])
         values = np.array([float(loss.loss(lane, np.exp([x]))[0]) for x in points])
         if not np.isfinite(values).all():
+            jumps.append(True)
             continue
-        gap = threshold - problem.loss0
+        # In units of the values' own size, so that no square overflows.
+        scaled = (values - threshold) / (float(np.abs(values - threshold).max()) or 1.0)
         excess = values[:2] - problem.loss0
         if gap > 0 and (excess > 0).all():
             slopes.append(float(np.diff(np.log(excess))[0]) / 0.04)
-        residual = values[2:] - np.polyval(np.polyfit(fine, values[2:], 2), fine)
-        sd = math.sqrt(float(residual @ residual) / (len(fine) - 3))
-        steepness = float(np.diff(values[:2])[0]) / 0.04
-        errors.append(sd / steepness if steepness > 0 else math.inf)
+        change, fine_change = float(scaled[1] - scaled[0]), float(np.ptp(scaled[2:]))
+        still = int(np.count_nonzero(np.diff(scaled[2:]))) <= 2
+        jumps.append(fine_change > 0.3 * abs(change) or (still and fine_change > 0))
+        noise = float(np.median(np.abs(np.diff(scaled[2:], 2)))) / (0.6745 * math.sqrt(6.0))
+        errors.append(noise / (change / 0.04) if change > 0 else math.inf)
     slope = float(np.median(slopes)) if slopes else 2.0
-    rounding = float(np.median(errors)) if errors else 0.0
-    return (slope if 0.1 < slope < 1e3 else 2.0), min(rounding, 1.0)
-
-
-def sensitivity(measure: Any, dim: int, log_radii: Float, shift: Float) -> float:
-    """κ: nats by which the answer moves per unit of log radius, from some radii.
-
-    d for an uncapped volume; under a cap the weighted share of rays that end inside it, times d.
-    """
-    step = 1e-4
-    weights, _ = log_weights(measure, dim, log_radii, shift)
-    if isinstance(measure, Lebesgue):
-        free = log_radii < math.log(measure.max_radius)
-        derivative = np.where(free, float(dim), 0.0)
-    else:
-        derivative = (log_weights(measure, dim, log_radii + step, shift)[0] - weights) / step
-    if not np.isfinite(weights).any():
-        return float(dim)
-    share = np.exp(weights - weights.max())
-    share /= share.sum()
-    kappa = float(share @ np.nan_to_num(derivative, posinf=float(dim)))
-    # A pilot that saw no free ray cannot know that there is none.
-    return max(1.0, min(float(dim), max(kappa, dim / (len(log_radii) + 1.0))))
+    slope = slope if 0.1 < slope < 1e3 else 2.0
+    rounding = min(float(np.median(errors)), 1.0) if errors else 0.0
+    last_digit = 0.0
+    if gap > 0:
+        largest = max(abs(threshold), abs(problem.loss0))
+        # Half a step of the loss. A slope measured on a coarse staircase may be far too steep.
+        last_digit = 0.5 * problem.objective.epsilon * largest / (min(slope, 2.0) * gap)
+    return _Boundary(
+        slope=slope,
+        rounding=max(rounding, last_digit),
+        last_digit=last_digit,
+        jumps=bool(jumps) and sum(jumps) >= 0.5 * len(jumps),
+    )
 
 
 def _scan(
@@ -351,7 +370,8 @@ def _audit(
     """
     n = rays.n
     generator = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, n])
-    spot_checks = min(n, max(32, int(_SPOT_CHECK_COST * search_loss / (_SCAN_POINTS + 1))))
+    affordable = int(_SPOT_CHECK_COST * search_loss / (_SCAN_POINTS + 1))
+    spot_checks = min(n, max(_SPOT_CHECKS_LEAST, affordable))
     sample = np.sort(generator.choice(n, size=spot_checks, replace=False))
     before = _weights(problem, rays)
     for ids in np.array_split(sample, max(1, len(sample) // problem.plan.block)):
@@ -386,16 +406,20 @@ def _audit(
         for ids in np.array_split(todo, -(-len(todo) // problem.plan.block)):
             _scan(problem, loss, pilot, threshold, rays, np.sort(ids))
 
-    # What the unaudited rays may carry too much, by the change that the random ones showed.
+    # What the unaudited rays carry too much, by the change that the random ones showed.
     after = _weights(problem, rays)
-    top = max(float(before.max()), float(after.max()))
-    if math.isfinite(top):
-        loss_of_weight = float((np.exp(before[sample] - top) - np.exp(after[sample] - top)).sum())
-        unaudited = n - int(rays.audited.sum())
-        kept = float(np.exp(after - top).sum())
-        rays.reentrant_error = (
-            max(0.0, loss_of_weight) / len(sample) * unaudited / kept if kept > 0 else math.inf
-        )
+    top = float(before.max())
+    kept = float(np.exp(after - top).sum()) if math.isfinite(top) else 0.0
+    if kept > 0:
+        unaudited = ~rays.audited
+        heaviest = float(after[unaudited].max()) if unaudited.any() else -math.inf
+        # Heavier ones among the random rays would have been audited in any case.
+        alike = sample[before[sample] <= heaviest]
+        if len(alike):
+            excess = np.exp(before[alike] - top) - np.exp(after[alike] - top)
+            scale = int(unaudited.sum()) / kept
+            rays.reentrant_share = float(excess.mean()) * scale
+            rays.reentrant_error = float(excess.std()) / math.sqrt(len(alike)) * scale
 
 
 def _weights(problem: Problem, rays: Rays) -> Float:
