@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import special, stats
 
-from fastvol import compare
+from fastvol import Gaussian, Lebesgue, compare
 from fastvol._comparison import compare_arrays
-from fastvol._profile import reliable_radius
+from fastvol._profile import gaussian_reliable_scale, reliable_radius
 from fastvol._reference.radial import log_radial_gaussian
+from fastvol.result import Rays, assemble
 
 SPREAD = 0.1
 
@@ -33,23 +33,32 @@ def two_basins(rng, n, correlation):
     return SPREAD * (share * common + rest * a), -0.01 + SPREAD * (share * common + rest * b)
 
 
-def estimate(log_radii, *, kind="lebesgue", dim=100, **changes):
-    """What compare() reads of a VolumeEstimate."""
-    config = {"seed": 0, "layout": "all", "metric": "euclidean", "antithetic": False}
-    config |= {"noise": "full"} | changes.pop("config", {})
-    law = {"std": changes.pop("std", 1.0), "center": changes.pop("center", "minimum")}
-    measure = SimpleNamespace(kind=kind, max_radius=math.inf, **law)
-    fields = {
-        "log_radii": np.asarray(log_radii, dtype=np.float64),
-        "dim": dim,
-        "measure": measure,
-        "config": config,
-        "status": np.zeros(len(log_radii), dtype=np.uint8),
-        "shift": None,
-        "n": len(log_radii),
-        **changes,
-    }
-    return SimpleNamespace(**fields)
+def estimate(log_radii, *, measure=None, dim=100, status=None, shift=None, **changes):
+    """An estimate of these radii; ``changes`` are of its config."""
+    rays = Rays.empty(len(log_radii))
+    rays.log_radii[:] = log_radii
+    rays.status[:] = 0 if status is None else status
+    rays.shift[:] = 0.0 if shift is None else shift
+    rays.reentrant_share = changes.pop("reentrant_share", 0.0)
+    rays.reentrant_error = changes.pop("reentrant_error", 0.0)
+    offset_squared = changes.pop("offset_squared", 0.0)
+    pilot = {"rtol": 0.0, "rounding": 0.0, "bias": 0.0, "log_cap": 9.0} | changes.pop("pilot", {})
+    config = {"seed": 0, "n": len(log_radii), "layout": "all", "metric": "euclidean"}
+    config |= {"antithetic": False, "noise": "full", "method": "radial", "pilot": pilot} | changes
+    return assemble(
+        rays,
+        measure=measure or Lebesgue(),
+        dim=dim,
+        log_abs_scale=0.0,
+        offset_squared=offset_squared,
+        seeds=(config["seed"],),
+        config=config,
+        plan={},
+        provenance={},
+        n_loss=0,
+        n_grad=0,
+        seconds=0.0,
+    )
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -113,8 +122,8 @@ def test_whole_volumes_are_compared_where_both_are_reliable():
     assert got.probability > 0.999
     assert "log volume of a minus that of b:" in got.summary()
     # With a cap on the search the comparison stays below it.
-    capped = SimpleNamespace(kind="lebesgue", max_radius=0.9)
-    got = compare(estimate(a, dim=2, measure=capped), estimate(b, dim=2))
+    capped = estimate(np.minimum(a, math.log(0.9)), dim=2, measure=Lebesgue(0.9))
+    got = compare(capped, estimate(b, dim=2))
     assert got.radius <= 0.9
 
 
@@ -124,6 +133,84 @@ def test_an_estimate_equals_itself():
     assert (got.log_ratio, got.stderr, got.probability) == (0.0, 0.0, 0.5)
     assert got.reliable
     assert got.ci() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_errors_of_the_radii_count(same):
+    # Two balls at d = 100, the second 1 % smaller, each radius searched to 5 %.
+    pilot = {"rtol": 0.05}
+    basins = [
+        estimate(np.full(500, x), seed=s, pilot=pilot) for x, s in ((0, 0), (-0.01, not same))
+    ]
+    got = compare(*basins)
+    assert got.paired is same
+    assert got.radius == math.inf
+    assert got.stderr == pytest.approx(math.sqrt(2) * 0.5 * (100 * 0.05) ** 2)
+    assert 0.5 < got.probability < 0.6
+    assert got.stderr == pytest.approx(math.hypot(*(basin.stderr for basin in basins)))
+
+
+def test_at_a_joint_cap_the_errors_are_those_of_the_profile():
+    a, b = two_basins(np.random.default_rng(0), 2000, 0.0)
+    pilot = {"rtol": 0.01, "rounding": 0.02, "bias": 1e-3}
+    basins = [
+        estimate(a, dim=1000, pilot=pilot),
+        estimate(b, dim=1000, seed=1, pilot=pilot, reentrant_error=0.02),
+    ]
+    got = compare(*basins)
+    assert 0 < got.radius < math.inf
+    plain = compare_arrays(a, b, 1000)
+    slopes = [basin.profile([got.radius]).slope[0] for basin in basins]
+    added = [0.5 * (slope * 0.02) ** 2 for slope in slopes] + [slope * 1e-3 for slope in slopes]
+    assert got.radius == plain.radius
+    assert got.stderr == pytest.approx(math.hypot(plain.stderr, *added, 0.02))
+
+
+def test_what_reentrance_takes_off_counts_where_the_whole_is_compared():
+    log_radii = np.zeros(500)
+    a = estimate(log_radii, dim=2)
+    b = estimate(log_radii, dim=2, reentrant_share=0.1, reentrant_error=0.02)
+    got = compare(a, b)
+    assert got.radius == math.inf
+    assert got.log_ratio == pytest.approx(a.log_volume - b.log_volume)
+    assert got.stderr >= 0.02
+    assert compare(b, b).stderr == 0.0
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_at_a_bound_the_probability_agrees_with_the_interval(same, cut):
+    # All of a fills the cap; of b's rays, ``cut`` of 200 end earlier.
+    a, b = np.zeros(200), np.zeros(200)
+    b[:cut] = -0.5
+    ball = Lebesgue(1.0)
+    got = compare(
+        estimate(a, measure=ball, status=1),
+        estimate(b, measure=ball, status=b == 0, seed=0 if same else 1, threshold=2.0),
+    )
+    assert got.paired is same
+    assert got.reliable
+    assert got.stderr >= 1 / 200
+    assert got.ci()[0] <= got.log_ratio + math.log(0.05) / 200 + 1e-12
+    assert 0.5 <= got.probability < 1
+    for level in (0.2, 0.5, 0.9, 0.99):
+        low, _ = got.ci(level)
+        if abs(got.probability - 0.5 * (1 + level)) > 1e-6:
+            assert (low > 0) is (got.probability > 0.5 * (1 + level))
+    back = compare_arrays(b, a, 100, same_directions=same, max_radius=1.0)
+    assert back.probability == pytest.approx(1 - got.probability)
+
+
+def test_paired_runs_that_agree_may_differ_where_no_ray_went():
+    ball = Lebesgue(1.0)
+    a, b = (estimate(np.zeros(200), measure=ball, status=1, loss0=loss0) for loss0 in (0.0, 0.1))
+    got = compare(a, b)
+    assert got.paired
+    assert got.log_ratio == 0.0
+    assert got.probability == 0.5
+    assert got.ci() == pytest.approx((math.log(0.05) / 200, -math.log(0.05) / 200))
+    again = estimate(np.zeros(200), measure=ball, status=1, loss0=0.0)
+    assert compare(a, again).ci() == (0.0, 0.0)
 
 
 def test_swapping_the_two_changes_the_sign():
@@ -141,7 +228,7 @@ def test_swapping_the_two_changes_the_sign():
 def test_other_directions_are_compared_with_independent_errors(changes):
     a, b = two_basins(np.random.default_rng(0), 1000, 0.9)
     assert compare(estimate(a), estimate(b)).paired
-    got = compare(estimate(a), estimate(b, config=changes))
+    got = compare(estimate(a), estimate(b, **changes))
     assert not got.paired
     assert "independent errors" in got.summary()
 
@@ -153,7 +240,7 @@ def test_runs_of_unequal_length_share_their_first_directions():
     assert got.n_units == 1001
     assert "1001 directions" in got.summary()
     antithetic = {"antithetic": True}
-    got = compare(estimate(a, config=antithetic), estimate(b[:1001], config=antithetic))
+    got = compare(estimate(a, **antithetic), estimate(b[:1001], **antithetic))
     assert got.n_units == 500
 
 
@@ -205,6 +292,12 @@ def test_a_narrower_normal_law_is_taken_where_the_given_one_is_not_reliable():
     assert 0.25 < got.radius < 0.5
     assert "times the given std" in got.summary()
     assert got.warnings
+    # The joint scale is the smaller of the two.
+    reach = [
+        gaussian_reliable_scale(log_radii, 1000, log_radial_gaussian=log_chi_square)
+        for log_radii in (a, b)
+    ]
+    assert got.radius == pytest.approx(min(reach), rel=1e-2)
     # About the origin a narrower law is another question.
     got = compare_arrays(
         a[:100],
@@ -218,24 +311,39 @@ def test_a_narrower_normal_law_is_taken_where_the_given_one_is_not_reliable():
     assert not got.reliable
 
 
+def test_off_centre_masses_are_judged_by_their_tail():
+    # A few rays towards the law's centre carry the mass: as bounded weights they would pass.
+    rng = np.random.default_rng(1)
+    z = rng.standard_normal((4000, 4))
+    cosine = z[:, 0] / np.linalg.norm(z, axis=1)
+    law = Gaussian(1.0, center="origin")
+    refused = 0
+    for offset in np.arange(2.0, 6.0, 0.5):
+        one, two = (
+            estimate(
+                np.full(4000, math.log(radius)),
+                measure=law,
+                dim=4,
+                shift=-offset * cosine,
+                offset_squared=offset**2,
+            )
+            for radius in (6.0, 6.1)
+        )
+        assert compare(one, two).reliable is (one.reliable and two.reliable)
+        refused += not one.reliable
+    assert 0 < refused < 8
+
+
 def test_the_offset_of_an_off_centre_law_counts():
     rng = np.random.default_rng(0)
     z = rng.standard_normal((500, 3))
     cosine = z[:, 0] / np.linalg.norm(z, axis=1)
     basins = []
     for offset in (0.3, 0.6):
-        shift = -offset * cosine
-        weights = log_radial_gaussian(3, np.full(500, 1.5), shift)
-        log_mass = np.logaddexp.reduce(weights) - math.log(500) - 0.5 * offset**2
+        radii = np.full(500, math.log(1.5))
+        law = Gaussian(1.0, center="origin")
         basins.append(
-            estimate(
-                np.full(500, math.log(1.5)),
-                kind="gaussian",
-                center="origin",
-                dim=3,
-                shift=shift,
-                log_volume=log_mass,
-            )
+            estimate(radii, measure=law, dim=3, shift=-offset * cosine, offset_squared=offset**2)
         )
     got = compare(*basins)
     assert got.log_ratio == pytest.approx(basins[0].log_volume - basins[1].log_volume)
@@ -247,9 +355,9 @@ def test_the_offset_of_an_off_centre_law_counts():
     ("b", "message"),
     [
         (estimate(np.zeros(9), dim=3), "dim"),
-        (estimate(np.zeros(9), kind="gaussian"), "measure"),
-        (estimate(np.zeros(9), config={"metric": "filter"}), "metric"),
-        (estimate(np.zeros(9), config={"metric": [1.0, 2.0]}), "metric"),
+        (estimate(np.zeros(9), measure=Gaussian(1.0)), "measure"),
+        (estimate(np.zeros(9), metric="filter"), "metric"),
+        (estimate(np.zeros(9), metric=[1.0, 2.0]), "metric"),
     ],
 )
 def test_unlike_estimates_are_refused(b, message):
@@ -257,11 +365,11 @@ def test_unlike_estimates_are_refused(b, message):
         compare(estimate(np.zeros(9)), b)
 
 
-@pytest.mark.parametrize("changes", [{"std": 2.0}, {"center": "origin"}])
-def test_unlike_normal_laws_are_refused(changes):
-    a = estimate(np.zeros(9), kind="gaussian")
+@pytest.mark.parametrize("law", [Gaussian(2.0), Gaussian(1.0, center="origin")])
+def test_unlike_normal_laws_are_refused(law):
+    a = estimate(np.zeros(9), measure=Gaussian(1.0))
     with pytest.raises(ValueError, match=r"^b has another normal law"):
-        compare(a, estimate(np.zeros(9), kind="gaussian", **changes))
+        compare(a, estimate(np.zeros(9), measure=law))
 
 
 def test_what_is_not_an_estimate_is_refused_by_name():

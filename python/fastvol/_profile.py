@@ -353,9 +353,12 @@ def lebesgue_slope(log_radii: npt.ArrayLike, dim: int, radius: float) -> float:
         radius: R > 0; inf is no cap.
     """
     lengths = _vector(log_radii, "log_radii")
-    log_q = dim * (np.minimum(lengths, math.log(radius)) if radius < math.inf else lengths)
+    if radius == math.inf:
+        return float(dim)
+    log_q = dim * np.minimum(lengths - math.log(radius), 0.0)
     weights = np.exp(log_q - log_q.max())
-    uncapped = lengths < math.log(radius) if radius < math.inf else slice(None)
+    # A ray that ended at the cap lies there to rounding.
+    uncapped = log_q < -rounding_of(dim * math.log(radius))
     return float(dim * weights[uncapped].sum() / weights.sum())
 
 
@@ -450,6 +453,33 @@ def gaussian_profile(
             low = _bisect(lambda x: law.at(math.exp(x))[1], low, high, (high - low) / 20)
         reach = math.exp(low)
     return table.profile("gaussian", reach, ceiling=True)
+
+
+def gaussian_slope(
+    log_radii: npt.ArrayLike,
+    dim: int,
+    shift: npt.ArrayLike | None = None,
+    *,
+    scale: float = 1.0,
+    log_radial_gaussian: Callable[[int, Array, Array | None], Array],
+) -> float:
+    """Nats by which the log mass moves when every log radius moves by one; nan without any mass.
+
+    Args:
+        log_radii, dim, shift, log_radial_gaussian: as for :func:`gaussian_profile`.
+        scale: c > 0.
+    """
+    law = _NormalLaw(
+        log_radii,
+        dim,
+        shift,
+        log_offsets=None,
+        paired=False,
+        unbounded=None,
+        log_radius_error=0.0,
+        log_radial_gaussian=log_radial_gaussian,
+    )
+    return law.slope(scale, law.log_weights(scale, law.lengths))
 
 
 def gaussian_reliable_scale(
@@ -552,8 +582,8 @@ class _NormalLaw:
 
     def at(self, c: float) -> tuple[Summary, bool, float]:
         """At c: the summary of the weights, whether they can be trusted, and the slope."""
-        weights = self._log_weights(c, self.lengths)
-        slope = self._slope(c, weights)
+        weights = self.log_weights(c, self.lengths)
+        slope = self.slope(c, weights)
         plain = self._shift is None and self._offsets is None
         # Off its centre the weights have a bound that no draw comes near: judge their tail.
         summary = summarise(
@@ -565,19 +595,21 @@ class _NormalLaw:
         )
         trusted = summary.reliable
         if trusted and self._never is not None and self._never.any():
-            open_ended = self._log_weights(c, np.where(self._never, math.inf, self.lengths))
+            open_ended = self.log_weights(c, np.where(self._never, math.inf, self.lengths))
             gap = float(np.logaddexp.reduce(open_ended) - np.logaddexp.reduce(weights))
             trusted = gap <= max(1e-3, 0.1 * summary.stderr)
         return summary, trusted, slope
 
-    def _log_weights(self, c: float, lengths: Array) -> Array:
+    def log_weights(self, c: float, lengths: Array) -> Array:
+        """Log weights at c of rays of these log lengths."""
         with np.errstate(over="ignore"):
             radius = np.exp(lengths - math.log(c))
         b = None if self._shift is None else self._shift / c
         values = np.asarray(self._log_radial_gaussian(self._dim, radius, b), dtype=np.float64)
         return values if self._offsets is None else values + self._offsets
 
-    def _slope(self, c: float, weights: Array) -> float:
+    def slope(self, c: float, weights: Array) -> float:
+        """Nats per unit of log radius at c, given the log weights there; nan if all are zero."""
         b = None if self._shift is None else self._shift / c
         edges = _log_edge(self._dim, self.lengths - math.log(c), b)
         edges = edges if self._offsets is None else edges + self._offsets
