@@ -76,7 +76,7 @@ USABLE: dict[str, Callable[[Any], bool]] = {
     "data": lambda value: value is None,
     "threshold": lambda value: value is None or value in (1e-300, Fraction(1, 3), {1}),
     "increase": lambda value: value in (1e-300, Fraction(1, 3), {1}),
-    "metric": lambda value: value == 1e-300,
+    "metric": lambda value: value in (1e-300, Fraction(1, 3)),
     "measure": lambda value: False,
     "method": lambda value: False,
     "preconditioner": lambda value: value is None,
@@ -406,7 +406,8 @@ def test_dtypes_side_by_side() -> None:
         torch.ones(3, dtype=torch.complex64),
         torch.ones(3, device="meta"),
         torch.ones(3).to_sparse(),
-        np.ones(3),
+        np.ones(4),
+        np.array(["x"] * 3),
         0.0,
         -1.0,
         NAN,
@@ -464,7 +465,7 @@ def test_nothing_moves() -> None:
 
 
 @pytest.mark.parametrize(
-    "std", [0.0, -1.0, NAN, INF, HUGE, -HUGE, True, None, "1", 1j, [1.0], object(), np.ones(2)]
+    "std", [0.0, -1.0, NAN, INF, HUGE, -HUGE, True, None, "1", 1j, [1.0], object(), {1.0}]
 )
 def test_widths(std: Any) -> None:
     refused("std", fastvol.Gaussian, std)

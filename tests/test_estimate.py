@@ -320,8 +320,8 @@ def test_measured_reentrance_is_corrected() -> None:
             return torch.where(gap, torch.ones_like(r), 0.05 * r.square())
 
     share = math.acos(0.9) / math.pi
-    exact = math.log(math.pi) + 2 * math.log(1.414) + math.log(
-        1 - share + share * (1.1 / 1.414) ** 2
+    exact = (
+        math.log(math.pi) + 2 * math.log(1.414) + math.log(1 - share + share * (1.1 / 1.414) ** 2)
     )
     call = {"n": 3000, "threshold": 0.05 * 1.414**2, "measure": fastvol.Lebesgue(1.414)}
     scores = []

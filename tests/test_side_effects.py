@@ -31,6 +31,7 @@ PLAN = {
     "backend": "cpp",
     "block": 4,
 }
+PLAN64 = {**PLAN, "dtype": "float64"}
 N = 9
 
 
@@ -430,7 +431,7 @@ def test_every_form_of_data_agrees(
     regression: tuple[nn.Module, tuple[Tensor, Tensor]], chunk: int
 ) -> None:
     model, (x, y) = regression
-    options = {**OPTIONS, "plan": {**PLAN, "chunk": chunk}}
+    options = {**OPTIONS, "plan": {**PLAN64, "chunk": chunk}}
     whole = fastvol.estimate(model, F.mse_loss, data=(x, y), **options)
     closure = fastvol.estimate(model, lambda m: F.mse_loss(m(x), y), **options)
     assert np.array_equal(whole.log_radii, closure.log_radii)
@@ -476,8 +477,8 @@ def test_undefined_entries_in_data(regression: tuple[nn.Module, tuple[Tensor, Te
         known = target.isfinite()
         return torch.where(known, output - target.nan_to_num(0.0), 0.0).square().mean()
 
-    whole = fastvol.estimate(model, loss_fn, data=(x, y), plan=PLAN, **OPTIONS)
-    lazy = fastvol.estimate(model, loss_fn, data=Lazy(x, y, 4), plan=PLAN, **OPTIONS)
+    whole = fastvol.estimate(model, loss_fn, data=(x, y), plan=PLAN64, **OPTIONS)
+    lazy = fastvol.estimate(model, loss_fn, data=Lazy(x, y, 4), plan=PLAN64, **OPTIONS)
     np.testing.assert_allclose(lazy.log_radii, whole.log_radii, rtol=0, atol=1e-10)
 
 
@@ -503,7 +504,7 @@ def test_weighted_mean(
     ignored = getattr(loss_fn, "ignore_index", -100)
     y[[0, 2, 3]] = ignored
     y[4:8] = ignored
-    options = {**OPTIONS, "plan": {**PLAN, "chunk": chunk}}
+    options = {**OPTIONS, "plan": {**PLAN64, "chunk": chunk}}
     whole = fastvol.estimate(model, loss_fn, data=(x, y), **options)
     expected = F.cross_entropy(
         model(x).detach(), y, weight=getattr(loss_fn, "weight", None), ignore_index=ignored,
@@ -537,9 +538,9 @@ def test_token_weights() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.inner(tokens).movedim(-1, 1)
 
-    closure = fastvol.estimate(model, lambda m: flat(m(tokens), labels), plan=PLAN, **OPTIONS)
+    closure = fastvol.estimate(model, lambda m: flat(m(tokens), labels), plan=PLAN64, **OPTIONS)
     rows = [(tokens[i : i + 1], labels[i : i + 1]) for i in range(5)]
-    batches = fastvol.estimate(Classes(), F.cross_entropy, data=rows, plan=PLAN, **OPTIONS)
+    batches = fastvol.estimate(Classes(), F.cross_entropy, data=rows, plan=PLAN64, **OPTIONS)
     np.testing.assert_allclose(batches.log_radii, closure.log_radii, rtol=0, atol=1e-10)
 
 

@@ -16,8 +16,21 @@ import numpy.typing as npt
 import torch
 
 from ._backend import formulas
-from ._profile import Profile, gaussian_profile, lebesgue_profile, reliable_radius
-from ._statistics import Summary, interval, lower_bound, summarise, with_extra_error
+from ._profile import (
+    Profile,
+    gaussian_profile,
+    gaussian_reliable_scale,
+    lebesgue_profile,
+    reliable_radius,
+)
+from ._statistics import (
+    Summary,
+    interval,
+    lower_bound,
+    radius_errors,
+    summarise,
+    with_extra_error,
+)
 from .errors import FastvolError
 from .measures import Gaussian, Lebesgue, measure_from
 
@@ -233,7 +246,15 @@ class VolumeEstimate:
         For a Gaussian measure the largest reliable multiple of its standard deviation.
         """
         if isinstance(self.measure, Gaussian):
-            return self.profile().reliable_radius
+            return gaussian_reliable_scale(
+                self.log_radii,
+                self.dim,
+                self.shift,
+                paired=self.paired,
+                unbounded=self.status == 1,
+                log_radius_error=_log_radius_error(self.config),
+                log_radial_gaussian=formulas().log_radial_gaussian,
+            )
         if self.reliable:
             return self.measure.max_radius
         radius = reliable_radius(
@@ -272,6 +293,8 @@ class VolumeEstimate:
                 paired=self.paired,
                 unbounded=self.status == 1,
                 level=level,
+                log_radius_error=_log_radius_error(self.config),
+                log_radius_bias=float(self.config["pilot"]["bias"]),
                 extra_error=self._reentrance,
                 log_radial_gaussian=formulas().log_radial_gaussian,
             )
@@ -288,6 +311,7 @@ class VolumeEstimate:
             max_radius=self.measure.max_radius,
             level=level,
             log_radius_error=_log_radius_error(self.config),
+            log_radius_bias=float(self.config["pilot"]["bias"]),
             extra_error=self._reentrance,
         )
 
@@ -507,23 +531,22 @@ def assemble(
     # Off its centre a normal law's weights have a bound, e^(b²/2), that no draw comes near: their
     # tail is what has to be judged.
     bounded = capped and offset_squared == 0
+    lebesgue = isinstance(measure, Lebesgue)
     delta = _log_radius_error(config)
+    kappa = sensitivity(measure, dim, rays.log_radii, rays.shift, rays.status)
     statistics = summarise(
         weights,
         bounded=bounded,
         paired=bool(config["antithetic"]),
         log_bound=_log_bound(measure, dim) if bounded else math.inf,
-        resolution=4.0 * dim * delta,
+        resolution=4.0 * delta * (dim if lebesgue else kappa),
     )
     share = min(max(rays.reentrant_share, 0.0), _MOST_REENTRANT)
     statistics = replace(statistics, log_mean=statistics.log_mean + math.log1p(-share))
     metric_volume = statistics.log_mean + constant - 0.5 * offset_squared
-    lebesgue = isinstance(measure, Lebesgue)
-
     counts = np.bincount(rays.status, minlength=len(_STATUS_NAMES))
     n_unbounded, n_nonfinite, n_failed = (int(count) for count in counts[1:4])
-    kappa = sensitivity(measure, dim, rays.log_radii, rays.shift, rays.status)
-    tolerance_error = math.hypot(0.5 * (kappa * delta) ** 2, kappa * float(config["pilot"]["bias"]))
+    tolerance_error = math.hypot(*radius_errors(kappa, delta, float(config["pilot"]["bias"])))
     sampling_error = statistics.stderr
     statistics = with_extra_error(statistics, tolerance_error, rays.reentrant_error)
     checked = rays.sampled if rays.sampled.any() else rays.audited
