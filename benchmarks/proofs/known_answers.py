@@ -32,7 +32,7 @@ def ball(short: bool) -> list[dict[str, Any]]:
     for d in (1, 2, 3, 10, 100, 1000, 10**4, 10**5) + (() if short else (10**6,)):
         body = bodies.ball(d, radius=0.37)
         result = fastvol.estimate(
-            body.model(), bodies.loss, n=256 if d < 10**5 else 64, threshold=1.0, rtol=1e-9
+            body.model(), bodies.loss, n=256 if d < 10**5 else 128, threshold=1.0, rtol=1e-9
         )
         error = result.log_volume - body.log_volume
         rows.append({"d": d, "error": error, "stderr": result.stderr, "reliable": result.reliable})
@@ -54,7 +54,7 @@ def ball_gaussian(short: bool) -> list[dict[str, Any]]:
             result = fastvol.estimate(
                 bodies.ball(d, radius).model(),
                 bodies.loss,
-                n=256 if d < 10**5 else 64,
+                n=256 if d < 10**5 else 128,
                 threshold=1.0,
                 rtol=1e-10,
                 measure=fastvol.Gaussian(std),
