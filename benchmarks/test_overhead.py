@@ -13,7 +13,7 @@ from .conftest import Report
 from .problems import Problem
 
 # Directions of a full and a short run, and the most that the loop may take of it.
-CASES = {"mlp": (32, 8, 0.05), "cnn": (8, 4, 0.05), "tiny": (8192, 1024, None)}
+CASES = {"mlp": (32, 8, 0.05), "cnn": (8, 4, 0.05), "tiny": (8192, 512, None)}
 
 
 @pytest.fixture(scope="module")

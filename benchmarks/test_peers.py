@@ -52,7 +52,7 @@ class Effort:
 
 
 FULL = {"mlp": Effort(1024, 12, 5, 64, 2, 64, 8), "cnn": Effort(24, 6, 4, 12, 1, 12, 1)}
-SHORT = {"mlp": Effort(16, 3, 3, 8, 1, 6, 1), "cnn": Effort(8, 2, 3, 8, 1, 4, 1)}
+SHORT = {"mlp": Effort(8, 3, 2, 8, 1, 6, 1), "cnn": Effort(4, 2, 2, 6, 1, 4, 1)}
 
 
 @dataclass
