@@ -141,7 +141,7 @@ def test_rays_without_an_end_are_counted_in_the_legend() -> None:
     result = _measured(measure=Lebesgue(max_radius=0.2))
     assert 0 < result.n_unbounded < result.n
     (text,) = _legend(plot_radii(result, label="capped"))
-    assert text == f"capped ({result.n_unbounded} of {result.n} unbounded)"
+    assert text == f"capped ({result.n_unbounded} of {result.n} inside up to the cap)"
 
 
 def test_no_ray_ends_at_all() -> None:

@@ -126,7 +126,7 @@ def plot_radii(
     bins = options.pop("bins", "auto")
     log_radii = result.log_radii[(result.status != 1) & np.isfinite(result.log_radii)]
     if result.n_unbounded:
-        left_out = f"{result.n_unbounded} of {result.n} unbounded"
+        left_out = f"{result.n_unbounded} of {result.n} inside up to the cap"
         label = left_out if label is None else f"{label} ({left_out})"
     edges = np.histogram_bin_edges(log_radii, bins)
     counts, _ = np.histogram(log_radii, edges)

@@ -139,7 +139,8 @@ class VolumeEstimate:
         n: directions.
         log_radii: log of the radius per direction, float64 ``[n]``; in metric coordinates, and for
             a Gaussian measure in units of its standard deviation.
-        status: per direction, uint8 ``[n]``: 0 converged, 1 unbounded (no crossing up to the cap),
+        status: per direction, uint8 ``[n]``: 0 converged, 1 unbounded (no crossing up to the cap:
+            the measure's own, where it has one, else the search's, ``config["pilot"]["log_cap"]``),
             2 bounded by a loss that is not finite, 3 failed (out of evaluations).
         n_unbounded, n_nonfinite, n_failed: their counts.
         reentrant_fraction: share of randomly checked rays that leave the basin and re-enter it.
