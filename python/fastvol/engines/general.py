@@ -1,4 +1,4 @@
-"""The general engine: any module, on any device, through ``torch.func``.
+"""The general engine: any module, on any device that has float64, through ``torch.func``.
 
 Rays are evaluated in chunks under ``vmap``, or one at a time where a measurement finds that no
 slower (a batch of rays falls out of cache) or where ``vmap`` cannot go.
@@ -119,7 +119,7 @@ class GeneralEngine:
         self._plan = plan
         self.lanes = plan.lanes
         self.capabilities = Capabilities(
-            gradients=True, dtypes=("float32", "float64"), devices=("any",)
+            gradients=True, dtypes=("float32", "float64"), devices=("cpu", "cuda")
         )
         device, dtype = layout.device, layout.dtype
         self._theta0 = layout.flatten()
@@ -435,7 +435,7 @@ def measure_plan(
     single, threads, reference = seconds_per_ray(1)
     best_chunk, best_seconds, best_threads, trouble = 1, single, threads, None
     chunk, deadline = 2, time.perf_counter() + max(0.3, 4 * single)
-    worse = 0
+    worse, previous = 0, float("inf")
     while chunk <= most and time.perf_counter() < deadline:
         try:
             seconds, threads_here, values = seconds_per_ray(chunk)
@@ -447,11 +447,12 @@ def measure_plan(
             best_chunk, best_seconds, best_threads = 1, single, threads
             break
         if seconds < 0.95 * best_seconds:
-            best_chunk, best_seconds, best_threads, worse = chunk, seconds, threads_here, 0
-        else:
-            worse += 1
-            if worse == 2:
-                break
+            best_chunk, best_seconds, best_threads = chunk, seconds, threads_here
+        # vmap's own cost makes small chunks slower than one ray alone: it is the trend that counts.
+        worse = worse + 1 if seconds > 0.95 * previous else 0
+        if worse == 2:
+            break
+        previous = seconds
         chunk *= 2
     if trouble is not None and best_chunk == 1:
         warnings.warn(
