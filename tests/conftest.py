@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import hypothesis
 import numpy as np
@@ -22,6 +23,9 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("fastvol")
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C; some send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The problems here are tiny: on busy cores the barriers between threads would cost all the time.
 torch.set_num_threads(1)
