@@ -24,7 +24,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastvol")
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C; some send it to themselves.
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The problems here are tiny: on busy cores the barriers between threads would cost all the time.
