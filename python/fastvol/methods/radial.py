@@ -385,7 +385,7 @@ def _audit(
         share = (
             np.exp(weights[order] - weights[order[0]])
             if np.isfinite(weights[order[0]])
-            else (np.zeros(n))
+            else np.zeros(n)
         )
         total = float(share.sum())
         if total == 0:
