@@ -543,9 +543,7 @@ def _log_constant(result: VolumeEstimate) -> float:
     """What the answer adds to the log mean of the rays' weights, nats, beside d alone."""
     constant = -0.5 * result._offset_squared
     if result._rays.reentrant_share > 0:
-        from .result import log_weights
-
-        weights, _ = log_weights(result.measure, result.dim, result.log_radii, result._rays.shift)
+        weights, _ = result._rays.log_weights(result.measure, result.dim)
         raw = summarise(weights, bounded=True, paired=result.paired).log_mean
         constant += result.statistics.log_mean - raw
     return constant

@@ -25,6 +25,7 @@ from .engines import Plan, measure_plan
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .metrics import Metric, metric_scale
+from .methods._laws import NAMES as PRECONDITIONERS
 from .result import Rays, VolumeEstimate
 
 _BLOCK = 1024
@@ -158,7 +159,8 @@ def estimate(  # type: ignore[misc]
     """
     began = time.perf_counter()
     run_method = methods.get(_string(method, "method"))
-    _refuse_later(preconditioner, noise, checkpoint, on_interrupt)
+    _check_preconditioner(preconditioner)
+    _refuse_later(noise, checkpoint, on_interrupt)
     engines.check_name(_string(engine, "engine"))
     chosen_backend = _backend.select(_string(backend, "backend"))
     count = _whole(n, "n", least=1, below=2**63)
@@ -169,7 +171,7 @@ def estimate(  # type: ignore[misc]
             f"n is {count}: the radii of so many directions do not fit in memory"
         ) from None
     seed = _whole(seed, "seed", least=0, below=2**64)
-    _whole(replicates, "replicates", least=1)
+    repeats = _whole(replicates, "replicates", least=1, below=1000)
     tolerance = None if _is_auto(rtol) else _positive(rtol, "rtol", most=0.5)
     lane_count = None if _is_auto(lanes) else _whole(lanes, "lanes", least=1)
     paired = False if _is_auto(antithetic) else _boolean(antithetic, "antithetic")
@@ -236,6 +238,8 @@ def estimate(  # type: ignore[misc]
             n=count,
             seed=seed,
             antithetic=paired,
+            preconditioner=preconditioner,
+            replicates=repeats,
             rtol=tolerance,
             first_crossing=first_crossing,
             plan=given_plan,
@@ -365,11 +369,15 @@ def _numbers(value: Any, name: str) -> tuple[list[float], bool]:
     return result, single
 
 
-def _refuse_later(preconditioner: Any, noise: Any, checkpoint: Any, on_interrupt: Any) -> None:
-    if preconditioner is not None and not _is_auto(preconditioner):
-        raise NotAvailableError(
-            "preconditioner= belongs to method='preconditioned', which is not part of this version"
+def _check_preconditioner(preconditioner: Any) -> None:
+    if isinstance(preconditioner, str) and preconditioner not in ("auto", *PRECONDITIONERS):
+        raise ValueError(
+            f"preconditioner must be 'auto', None, one of {list(PRECONDITIONERS)}, an optimizer, a "
+            f"diagonal, a matrix or an operator, got {preconditioner!r}"
         )
+
+
+def _refuse_later(noise: Any, checkpoint: Any, on_interrupt: Any) -> None:
     if _string(noise, "noise") == "rowspace":
         raise NotAvailableError("noise='rowspace' is not part of this version; use noise='full'")
     if noise != "full":

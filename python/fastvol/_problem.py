@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,8 @@ class Problem:
         thresholds: τ, one per result.
         n: directions.
         seed, antithetic: what direction i is.
+        preconditioner: as it was given to :func:`fastvol.estimate`.
+        replicates: main runs of a method that samples by chains.
         rtol: the relative tolerance of a radius, or ``None`` to let the pilot choose.
         first_crossing: whether every ray is scanned for an earlier crossing.
         plan: how the run is carried out.
@@ -93,6 +95,8 @@ class Problem:
     n: int
     seed: int
     antithetic: bool
+    preconditioner: Any
+    replicates: int
     rtol: float | None
     first_crossing: bool
     plan: Plan
@@ -120,20 +124,34 @@ class Problem:
         """‖μ‖², 0 without an offset."""
         return 0.0 if self.offset is None else float(self.offset.square().sum())
 
-    def engine(self) -> GeneralEngine:
-        """A new engine over this problem's rays."""
+    @cached_property
+    def log_abs_scale(self) -> float:
+        """Σ log s of the metric."""
+        scale = self.metric_scale[self.metric_scale > 0].to(self.layout.dtype)
+        return float(scale.to(torch.float64).log().sum())
+
+    def engine(self, lanes: int | None = None) -> GeneralEngine:
+        """A new engine over this problem's rays, with the plan's number of lanes by default."""
+        plan = self.plan
+        if lanes is not None:
+            plan = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes))
         return GeneralEngine(
-            self.objective, self.layout, self.ray_scale, self.plan, self.backend, self.offset
+            self.objective, self.layout, self.ray_scale, plan, self.backend, self.offset
         )
 
     @contextmanager
-    def bar(self) -> Iterator[Any]:
-        """A progress bar over directions times thresholds; silent where there is no terminal."""
+    def bar(self, *, unit: str = "direction", total: int | None = None) -> Iterator[Any]:
+        """A progress bar over directions times thresholds; silent where there is no terminal.
+
+        Args:
+            unit: what is counted.
+            total: how many of it for each threshold; the directions by default.
+        """
         from tqdm.auto import tqdm
 
         with tqdm(
-            total=self.n * len(self.thresholds),
-            unit="direction",
+            total=(self.n if total is None else total) * len(self.thresholds),
+            unit=unit,
             unit_scale=True,
             # None: shown on a terminal only.
             disable=None if self.progress else True,

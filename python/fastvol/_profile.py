@@ -228,7 +228,8 @@ class _Preconditioned:
 
     def at(self, x: float) -> tuple[Summary, float]:
         log_q = self._dim * np.minimum(self._lengths - x, 0.0) + self._offset
-        summary = summarise(log_q, bounded=True, paired=self._paired)
+        # ‖v‖^−d has no bound that draws come near: the tail is judged.
+        summary = summarise(log_q, bounded=False, paired=self._paired)
         weights = np.exp(log_q - log_q.max())
         uncapped = float(weights[self._lengths < x].sum() / weights.sum())
         return summary, self._dim * uncapped
@@ -376,6 +377,7 @@ def gaussian_profile(
     log_radius_error: float = 0.0,
     log_radius_bias: float = 0.0,
     extra_error: float = 0.0,
+    log_constant: float = 0.0,
     log_radial_gaussian: Callable[[int, Array, Array | None], Array],
 ) -> Profile:
     r"""Log mass of the basin under the normal law with c times its standard deviation, in nats.
@@ -404,6 +406,7 @@ def gaussian_profile(
             that differ by no more than 4·slope·δ count as constant.
         log_radius_bias: an error that all log radii may share; slope times it is added likewise.
         extra_error: an independent error, nats.
+        log_constant: added to every log mass, nats; log|det P| + ‖m‖²/2 of a proposal.
         log_radial_gaussian: ``(dim, radius[n], shift[n] | None) -> [n]``.
 
     Raises:
@@ -437,7 +440,9 @@ def gaussian_profile(
         if math.isfinite(slope):
             inexact = radius_errors(slope, log_radius_error, log_radius_bias)
             summary = with_extra_error(summary, *inexact, extra_error)
-        table.fill(row, summary, -0.5 * offset_squared / c**2, slope, False)
+        table.fill(
+            row, summary, log_constant - 0.5 * offset_squared / c**2, slope, False
+        )
 
     order = np.argsort(multiples, kind="stable")
     ascending = passed[order]

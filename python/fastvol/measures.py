@@ -103,11 +103,11 @@ class Gaussian:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of ``std`` by the names that a file gives them."""
         if isinstance(self.std, torch.Tensor):
-            return {_FILE_PREFIX: self.std}
+            return {STD_PREFIX: self.std}
         if not isinstance(self.std, Mapping):
             return {}
         return {
-            f"{_FILE_PREFIX}.{name}": value
+            f"{STD_PREFIX}.{name}": value
             for name, value in self.std.items()
             if isinstance(value, torch.Tensor)
         }
@@ -115,7 +115,7 @@ class Gaussian:
 
 Measure = Lebesgue | Gaussian
 
-_FILE_PREFIX = "std"
+STD_PREFIX = "std"
 
 
 def measure_from(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Measure:
@@ -125,10 +125,10 @@ def measure_from(description: Mapping[str, Any], tensors: Mapping[str, torch.Ten
     if description["kind"] != "gaussian":
         raise FastvolError(f"unknown measure {description['kind']!r}")
     std = description["std"]
-    if _FILE_PREFIX in tensors:
-        std = tensors[_FILE_PREFIX]
+    if STD_PREFIX in tensors:
+        std = tensors[STD_PREFIX]
     elif isinstance(std, Mapping):
-        std = {name: tensors.get(f"{_FILE_PREFIX}.{name}", value) for name, value in std.items()}
+        std = {name: tensors.get(f"{STD_PREFIX}.{name}", value) for name, value in std.items()}
     return Gaussian(std, description["center"])
 
 

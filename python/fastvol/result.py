@@ -32,7 +32,7 @@ from ._statistics import (
     with_extra_error,
 )
 from .errors import FastvolError
-from .measures import Gaussian, Lebesgue, measure_from
+from .measures import STD_PREFIX, Gaussian, Lebesgue, measure_from
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Nats: an error of the search itself beyond this makes an estimate unreliable.
 _MOST_EXTRA_ERROR = 0.5
 # What re-entrance may take off the weight by way of correction; its error says the rest.
@@ -49,7 +49,7 @@ _MOST_REENTRANT = 0.9
 
 # Config entries that may differ between results that are combined.
 _FREE_CONFIG = ("seed", "n", "pilot")
-_RAY_ARRAYS = ("log_radii", "status", "shift", "audited", "sampled", "reentrant")
+_RAY_ARRAYS = ("log_radii", "status", "shift", "log_offset", "audited", "sampled", "reentrant")
 _STATUS_NAMES = ("converged", "unbounded", "nonfinite", "failed")
 
 
@@ -60,7 +60,9 @@ class Rays:
     Args:
         log_radii: float64 ``[n]``.
         status: uint8 ``[n]``: 0 converged, 1 unbounded, 2 bounded by a non-finite loss, 3 failed.
-        shift: float64 ``[n]``: ⟨z, μ⟩/‖z‖ for a law with offset μ, else 0.
+        shift: float64 ``[n]``: ⟨v, μ⟩/‖v‖ for a law with offset μ, else 0.
+        log_offset: float64 ``[n]``, nats: what the law of the directions adds to each log weight;
+            0 where they are isotropic. See :func:`ray_offsets`.
         audited: scanned for an earlier crossing.
         sampled: audited by chance, not for its weight.
         reentrant: an earlier crossing was found.
@@ -71,6 +73,7 @@ class Rays:
     log_radii: Float
     status: npt.NDArray[np.uint8]
     shift: Float
+    log_offset: Float
     audited: Bool
     sampled: Bool
     reentrant: Bool
@@ -84,12 +87,23 @@ class Rays:
         def no() -> Bool:
             return np.zeros(n, dtype=np.bool_)
 
-        return cls(np.zeros(n), np.zeros(n, dtype=np.uint8), np.zeros(n), no(), no(), no())
+        status = np.zeros(n, dtype=np.uint8)
+        return cls(np.zeros(n), status, np.zeros(n), np.zeros(n), no(), no(), no())
 
     @property
     def n(self) -> int:
         """Directions."""
         return len(self.log_radii)
+
+    def log_weights(
+        self, measure: Lebesgue | Gaussian, dim: int, ids: npt.NDArray[np.int64] | None = None
+    ) -> tuple[Float, float]:
+        """Log weights of the rays ``ids`` (all by default), and the constant of their log mean."""
+        chosen = slice(None) if ids is None else ids
+        weights, constant = log_weights(
+            measure, dim, self.log_radii[chosen], self.shift[chosen]
+        )
+        return weights + self.log_offset[chosen], constant
 
     @classmethod
     def join(cls, a: Rays, b: Rays) -> Rays:
@@ -118,6 +132,23 @@ def log_weights(
         weights = core.log_radial_lebesgue(dim, np.exp(log_radii))
         return weights, core.log_ball_volume(dim) + math.log(dim)
     return core.log_radial_gaussian(dim, np.exp(log_radii), shift), 0.0
+
+
+def ray_offsets(dim: int, log_norm: Float, proposal_shift: Float) -> Float:
+    """What a preconditioned law of directions adds to a log weight, nats, ``[k]``.
+
+    −d log‖v‖ − log I_d(∞, a), see ``fastvol._proposal``.
+
+    Args:
+        dim: d.
+        log_norm: log‖v‖ ``[k]``.
+        proposal_shift: a = ⟨u, m⟩ ``[k]``; zeros without a shift.
+    """
+    offsets: Float = -dim * log_norm
+    if proposal_shift.any():
+        whole = np.full(len(log_norm), math.inf)
+        offsets = offsets - formulas().log_radial_gaussian(dim, whole, proposal_shift)
+    return offsets
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,6 +210,9 @@ class VolumeEstimate:
     _rays: Rays
     _log_abs_scale: float
     _offset_squared: float
+    # log|det P| + ‖m‖²/2 of a preconditioned law of directions, and its error.
+    _log_constant: float = 0.0
+    _log_constant_error: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -189,6 +223,20 @@ class VolumeEstimate:
     def shift(self) -> Float | None:
         """Per ray the linear term of an off-centre normal law, float64 ``[n]``; else ``None``."""
         return self._rays.shift if self._offset_squared > 0 else None
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the directions were drawn from another law than the isotropic one."""
+        return "preconditioner" in self.config
+
+    @property
+    def _law_offsets(self) -> Float | None:
+        return self._rays.log_offset if self.preconditioned else None
+
+    @property
+    def _log_norms(self) -> Float | None:
+        """log‖v‖ per ray, under Lebesgue measure."""
+        return -self._rays.log_offset / self.dim if self.preconditioned else None
 
     @property
     def method(self) -> str:
@@ -253,6 +301,7 @@ class VolumeEstimate:
                 self.shift,
                 paired=self.paired,
                 unbounded=self.status == 1,
+                log_offsets=self._law_offsets,
                 log_radius_error=_log_radius_error(self.config),
                 log_radial_gaussian=formulas().log_radial_gaussian,
             )
@@ -264,6 +313,7 @@ class VolumeEstimate:
             paired=self.paired,
             unbounded=self.status == 1,
             max_radius=self.measure.max_radius,
+            log_norms=self._log_norms,
         )
         return min(radius, self.measure.max_radius)
 
@@ -296,7 +346,9 @@ class VolumeEstimate:
                 level=level,
                 log_radius_error=_log_radius_error(self.config),
                 log_radius_bias=float(self.config["pilot"]["bias"]),
-                extra_error=self._reentrance,
+                log_offsets=self._law_offsets,
+                log_constant=self._log_constant,
+                extra_error=math.hypot(self._reentrance, self._log_constant_error),
                 log_radial_gaussian=formulas().log_radial_gaussian,
             )
         if chosen is not None and (chosen > self.measure.max_radius).any():
@@ -313,7 +365,9 @@ class VolumeEstimate:
             level=level,
             log_radius_error=_log_radius_error(self.config),
             log_radius_bias=float(self.config["pilot"]["bias"]),
-            extra_error=self._reentrance,
+            log_abs_det=self._log_constant,
+            log_norms=self._log_norms,
+            extra_error=math.hypot(self._reentrance, self._log_constant_error),
         )
 
     def summary(self) -> str:
@@ -345,7 +399,8 @@ class VolumeEstimate:
             raise FastvolError(
                 "to_dataframe() needs pandas: pip install 'fastvol[table]'"
             ) from error
-        weights, constant = log_weights(self.measure, self.dim, self.log_radii, self._rays.shift)
+        weights, constant = self._rays.log_weights(self.measure, self.dim)
+        constant += self._log_constant
         return pd.DataFrame(
             {
                 "seed": np.repeat(np.array(self.seeds, dtype=np.uint64), self._counts()),
@@ -399,6 +454,8 @@ class VolumeEstimate:
             dim=self.dim,
             log_abs_scale=self._log_abs_scale,
             offset_squared=self._offset_squared,
+            log_constant=self._log_constant,
+            log_constant_error=self._log_constant_error,
             seeds=self.seeds + other.seeds,
             config=config,
             plan=self.plan,
@@ -419,23 +476,17 @@ class VolumeEstimate:
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such folder, or ``path`` is one.
         """
-        from safetensors.numpy import save_file
-
-        target = _path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"path: there is no folder {target.parent}")
-        if target.is_dir():
-            raise IsADirectoryError(f"path: {target} is a folder")
         rays = self._rays
         arrays = {name: getattr(rays, name) for name in _RAY_ARRAYS}
-        if isinstance(self.measure, Gaussian):
-            arrays |= {name: t.numpy() for name, t in self.measure.tensors().items()}
         header = {
             "format_version": FORMAT_VERSION,
+            "kind": "rays",
             "measure": self.measure.describe(),
             "dim": self.dim,
             "log_abs_scale": self._log_abs_scale,
             "offset_squared": self._offset_squared,
+            "log_constant": self._log_constant,
+            "log_constant_error": self._log_constant_error,
             "reentrant_share": rays.reentrant_share,
             "reentrant_error": rays.reentrant_error,
             "seeds": list(self.seeds),
@@ -446,13 +497,7 @@ class VolumeEstimate:
             "n_grad": self.n_grad,
             "seconds": self.seconds,
         }
-        aside = target.with_name(target.name + ".part")
-        try:
-            save_file(arrays, aside, metadata={"fastvol": json.dumps(header)})
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
-        return target
+        return write_result(path, arrays, header, self.measure)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> VolumeEstimate:
@@ -470,13 +515,22 @@ class VolumeEstimate:
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})["fastvol"])
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            arrays = {name: stored.pop(name) for name in _RAY_ARRAYS if name in stored}
-            tensors = {name: torch.from_numpy(array) for name, array in stored.items()}
             version = header["format_version"]
             if version != FORMAT_VERSION:
                 raise ValueError(
                     f"it has format version {version}; this version reads {FORMAT_VERSION}"
                 )
+            tensors = {
+                name: torch.from_numpy(array)
+                for name, array in stored.items()
+                if name.partition(".")[0] == STD_PREFIX
+            }
+            measure = measure_from(header["measure"], tensors)
+            if header["kind"] == "paths":
+                from ._path_estimate import load_paths
+
+                return load_paths(header, stored, measure)
+            arrays = {name: stored[name] for name in stored if name not in tensors}
             _check_arrays(arrays, header["dim"])
             kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
             return assemble(
@@ -485,9 +539,11 @@ class VolumeEstimate:
                     reentrant_share=header["reentrant_share"],
                     reentrant_error=header["reentrant_error"],
                 ),
-                measure=measure_from(header["measure"], tensors),
+                measure=measure,
                 log_abs_scale=header["log_abs_scale"],
                 offset_squared=header["offset_squared"],
+                log_constant=header["log_constant"],
+                log_constant_error=header["log_constant_error"],
                 seeds=tuple(header["seeds"]),
                 **{name: header[name] for name in kept},
             )
@@ -500,6 +556,32 @@ class VolumeEstimate:
         from ._report import one_line
 
         return one_line(self)
+
+
+def write_result(
+    path: str | PathLike[str],
+    arrays: Mapping[str, npt.NDArray[Any]],
+    header: Mapping[str, Any],
+    measure: Lebesgue | Gaussian,
+) -> Path:
+    """Writes arrays, the measure's tensors, and a JSON header; aside first, and renamed."""
+    from safetensors.numpy import save_file
+
+    target = _path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {target.parent}")
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {target} is a folder")
+    columns = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    if isinstance(measure, Gaussian):
+        columns |= {name: t.numpy() for name, t in measure.tensors().items()}
+    aside = target.with_name(target.name + ".part")
+    try:
+        save_file(columns, aside, metadata={"fastvol": json.dumps(header)})
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
 
 
 def assemble(
@@ -516,6 +598,9 @@ def assemble(
     n_loss: int,
     n_grad: int,
     seconds: float,
+    log_constant: float = 0.0,
+    log_constant_error: float = 0.0,
+    notes: tuple[str, ...] = (),
 ) -> VolumeEstimate:
     """The estimate that some rays give.
 
@@ -526,15 +611,17 @@ def assemble(
         log_abs_scale: Σ log s of the metric.
         offset_squared: ‖μ‖² of an off-centre normal law.
         seeds, config, plan, provenance, n_loss, n_grad, seconds: as in the result.
+        log_constant, log_constant_error: of the law of the directions, nats.
+        notes: further warnings.
     """
     capped = isinstance(measure, Gaussian) or math.isfinite(measure.max_radius)
-    weights, constant = log_weights(measure, dim, rays.log_radii, rays.shift)
-    # Off its centre a normal law's weights have a bound, e^(b²/2), that no draw comes near: their
-    # tail is what has to be judged.
-    bounded = capped and offset_squared == 0
+    weights, constant = rays.log_weights(measure, dim)
+    # Off its centre a normal law's weights have a bound, e^(b²/2), that no draw comes near, and so
+    # may those of another law of directions: their tail is what has to be judged.
+    bounded = capped and offset_squared == 0 and "preconditioner" not in config
     lebesgue = isinstance(measure, Lebesgue)
     delta = _log_radius_error(config)
-    kappa = sensitivity(measure, dim, rays.log_radii, rays.shift, rays.status)
+    kappa = sensitivity(measure, dim, rays)
     statistics = summarise(
         weights,
         bounded=bounded,
@@ -544,35 +631,37 @@ def assemble(
     )
     share = min(max(rays.reentrant_share, 0.0), _MOST_REENTRANT)
     statistics = replace(statistics, log_mean=statistics.log_mean + math.log1p(-share))
-    metric_volume = statistics.log_mean + constant - 0.5 * offset_squared
+    metric_volume = statistics.log_mean + constant + log_constant - 0.5 * offset_squared
     counts = np.bincount(rays.status, minlength=len(_STATUS_NAMES))
     n_unbounded, n_nonfinite, n_failed = (int(count) for count in counts[1:4])
     tolerance_error = math.hypot(*radius_errors(kappa, delta, float(config["pilot"]["bias"])))
     sampling_error = statistics.stderr
-    statistics = with_extra_error(statistics, tolerance_error, rays.reentrant_error)
+    statistics = with_extra_error(
+        statistics, tolerance_error, rays.reentrant_error, log_constant_error
+    )
     checked = rays.sampled if rays.sampled.any() else rays.audited
     reentrant_fraction = float(rays.reentrant[checked].mean()) if checked.any() else 0.0
 
-    notes = list(statistics.reasons)
+    remarks = [*statistics.reasons, *notes]
     reliable = statistics.reliable
     if n_unbounded and not capped:
         reliable = False
-        notes.append(
+        remarks.append(
             f"{n_unbounded} of {rays.n} rays never crossed the threshold up to the search's cap "
             f"(radius {math.exp(config['pilot']['log_cap']):.3g}): the volume may be infinite"
         )
     if n_failed:
-        notes.append(
+        remarks.append(
             f"{n_failed} rays ran out of evaluations; they count with the radius known to be inside"
         )
     if rays.reentrant.any():
-        notes.append(
+        remarks.append(
             f"{int(rays.reentrant.sum())} audited rays leave the basin and re-enter it "
             f"({reentrant_fraction:.1%} of those checked at random); their first crossing counts. "
             "first_crossing=True checks every ray"
         )
     if tolerance_error > max(0.1, sampling_error):
-        notes.append(
+        remarks.append(
             f"the radii are known to {delta:.1e} only, which at d = {dim} may cost "
             f"{tolerance_error:.2g} nats"
         )
@@ -581,10 +670,10 @@ def assemble(
     return VolumeEstimate(
         log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
         log_volume_metric=metric_volume,
-        log_mean_power=statistics.log_mean + math.log(dim) if lebesgue else math.nan,
+        log_mean_power=statistics.log_mean + math.log(dim) + log_constant if lebesgue else math.nan,
         stderr=statistics.stderr,
         reliable=reliable,
-        warnings=tuple(notes),
+        warnings=tuple(remarks),
         pareto_k=statistics.pareto_k,
         ess=statistics.ess,
         dim=dim,
@@ -607,6 +696,8 @@ def assemble(
         _rays=rays,
         _log_abs_scale=log_abs_scale,
         _offset_squared=offset_squared,
+        _log_constant=log_constant,
+        _log_constant_error=log_constant_error,
     )
 
 
@@ -622,24 +713,18 @@ def _log_radius_error(config: Mapping[str, Any]) -> float:
     return float(max(config["pilot"]["rtol"], config["pilot"]["rounding"]))
 
 
-def sensitivity(
-    measure: Lebesgue | Gaussian,
-    dim: int,
-    log_radii: Float,
-    shift: Float,
-    status: npt.NDArray[np.uint8],
-) -> float:
+def sensitivity(measure: Lebesgue | Gaussian, dim: int, rays: Rays) -> float:
     """κ: nats by which the answer moves per unit of log radius.
 
     d for an uncapped volume; under a cap d times the weighted share of rays that end inside it.
     """
-    weights, _ = log_weights(measure, dim, log_radii, shift)
+    weights, _ = rays.log_weights(measure, dim)
     if isinstance(measure, Lebesgue):
-        derivative = np.where(status == 1, 0.0, float(dim))
+        derivative = np.where(rays.status == 1, 0.0, float(dim))
     else:
         step = 1e-5
-        further, _ = log_weights(measure, dim, log_radii + step, shift)
-        derivative = np.nan_to_num((further - weights) / step, posinf=float(dim))
+        further, _ = log_weights(measure, dim, rays.log_radii + step, rays.shift)
+        derivative = np.nan_to_num((further + rays.log_offset - weights) / step, posinf=float(dim))
     top = weights.max()
     if not math.isfinite(top):
         return float(dim)
@@ -663,7 +748,8 @@ def _check_arrays(arrays: Mapping[str, npt.NDArray[Any]], dim: Any) -> None:
     for name, array in arrays.items():
         if array.dtype != getattr(expected, name).dtype or array.shape != (n,) or n == 0:
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
-    if not (arrays["log_radii"] < math.inf).all() or not np.isfinite(arrays["shift"]).all():
+    finite = all(np.isfinite(arrays[name]).all() for name in ("shift", "log_offset"))
+    if not (arrays["log_radii"] < math.inf).all() or not finite:
         raise ValueError("a radius is not a number")
     if (arrays["status"] >= len(_STATUS_NAMES)).any():
         raise ValueError("a status is unknown")

@@ -1,0 +1,94 @@
+"""Which rays of a run are scanned for an earlier crossing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .._problem import Problem
+from ..result import Rays
+from ._search import SCAN_POINTS, Pilot, RayLoss, scan
+
+Float = npt.NDArray[np.float64]
+
+_LEADERS = 64
+_LEADER_SHARE_TIMES_N = 10.0
+_LEADING_WEIGHT = 0.99
+_SPOT_CHECK_COST = 0.10
+_SPOT_CHECKS_LEAST = 64
+_AUDIT_COST = 0.10
+
+
+def audit(
+    problem: Problem,
+    loss: RayLoss,
+    pilot: Pilot,
+    threshold: float,
+    rays: Rays,
+    search_loss: int,
+) -> None:
+    """Scans the rays that carry the weight, and a random few, for an earlier crossing.
+
+    Always the 64 largest and every ray with ten times the mean weight, re-ranked until all of them
+    are audited; then, from the largest down, the rest of 99 % of the weight, as far as a tenth of
+    the search's evaluations goes. Where no ray stands out, no single radius can matter, and the
+    random few bound what the others might do.
+    """
+    n = rays.n
+    generator = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, n])
+    affordable = int(_SPOT_CHECK_COST * search_loss / (SCAN_POINTS + 1))
+    spot_checks = min(n, max(_SPOT_CHECKS_LEAST, affordable))
+    sample = np.sort(generator.choice(n, size=spot_checks, replace=False))
+    before = _weights(problem, rays)
+    for ids in np.array_split(sample, max(1, len(sample) // problem.plan.block)):
+        scan(problem, loss, pilot, threshold, rays, ids)
+    rays.sampled[sample] = True
+
+    budget = loss.n_loss + int(_AUDIT_COST * search_loss)
+    while True:
+        weights = _weights(problem, rays)
+        order = np.argsort(-weights, kind="stable")
+        share = (
+            np.exp(weights[order] - weights[order[0]])
+            if np.isfinite(weights[order[0]])
+            else np.zeros(n)
+        )
+        total = float(share.sum())
+        if total == 0:
+            break
+        share /= total
+        must = np.arange(n) < _LEADERS
+        must |= share > _LEADER_SHARE_TIMES_N / n
+        todo = order[must & ~rays.audited[order]]
+        if not len(todo):
+            if loss.n_loss >= budget:
+                break
+            heavy = np.concatenate([[True], np.cumsum(share)[:-1] < _LEADING_WEIGHT])
+            todo = order[heavy & ~rays.audited[order]]
+            room = max(1, (budget - loss.n_loss) // (SCAN_POINTS + 1))
+            todo = todo[:room]
+            if not len(todo):
+                break
+        for ids in np.array_split(todo, -(-len(todo) // problem.plan.block)):
+            scan(problem, loss, pilot, threshold, rays, np.sort(ids))
+
+    # What the unaudited rays carry too much, by the change that the random ones showed.
+    after = _weights(problem, rays)
+    top = float(before.max())
+    kept = float(np.exp(after - top).sum()) if math.isfinite(top) else 0.0
+    if kept > 0:
+        unaudited = ~rays.audited
+        heaviest = float(after[unaudited].max()) if unaudited.any() else -math.inf
+        # Heavier ones among the random rays would have been audited in any case.
+        alike = sample[before[sample] <= heaviest]
+        if len(alike):
+            excess = np.exp(before[alike] - top) - np.exp(after[alike] - top)
+            scale = int(unaudited.sum()) / kept
+            rays.reentrant_share = float(excess.mean()) * scale
+            rays.reentrant_error = float(excess.std()) / math.sqrt(len(alike)) * scale
+
+def _weights(problem: Problem, rays: Rays) -> Float:
+    weights, _ = rays.log_weights(problem.measure, problem.dim)
+    return weights

@@ -1,0 +1,290 @@
+"""Runs of chains along a path: budget, laws of directions, replicates, and the shorter run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .._path_estimate import PathEstimate, assemble_paths, final_log_scale
+from .._problem import Problem
+from .._proposal import Proposal
+from ..engines import GeneralEngine
+from ..result import Rays
+from ..sampling.field import RayField, log_weight
+from ..sampling.learning import learn
+from ..sampling.moves import Move
+from ..sampling.tempering import Path, Run, generator_on, temper
+from ._search import Pilot, RayLoss, make_pilot, pilot_source
+
+Float = npt.NDArray[np.float64]
+
+# Losses that a gradient counts as.
+GRADIENT_COST = 3
+_CHAINS = 32
+_MANY_CHAINS = 64
+_SHORT_LENGTH = 4
+_LEAST_LENGTH = 8
+# Length of the shorter run that tells about mixing, over that of the main ones.
+_SHORT_SHARE = 0.25
+_MOST_LENGTH = 64
+# The states of one level are kept with their directions up to this size.
+_STATES_BYTES = 2 << 30
+_LEARNING_SHARE = 0.3
+# A ray of unknown length, its gradient included.
+_RAY_PRICE = 8
+# Families of counters: 0 is a run's own rays, 1 the pilot's, 2 the plan's.
+_FIRST_STREAM = 1000
+_LEARNING_STREAM = 500
+_AUDITED = 64
+_RUNAWAY = 3.0
+
+MakeMove = Callable[[torch.Generator, np.random.Generator], Move]
+
+
+@dataclass
+class Budget:
+    """Losses that may be spent, a gradient counting as three.
+
+    Args:
+        total: n directions at the pilot's price.
+        n_loss, n_grad: spent so far.
+    """
+
+    total: float
+    n_loss: int = 0
+    n_grad: int = 0
+
+    @property
+    def spent(self) -> float:
+        """In losses."""
+        return self.n_loss + GRADIENT_COST * self.n_grad
+
+    @property
+    def left(self) -> float:
+        """In losses."""
+        return self.total - self.spent
+
+    def add(self, n_loss: int, n_grad: int) -> None:
+        """Notes what something cost."""
+        self.n_loss += n_loss
+        self.n_grad += n_grad
+
+
+@dataclass
+class Laboratory:
+    """What the steps of one run share: the problem, its pilots, its budget.
+
+    Args:
+        problem, engine, threshold: of the run.
+        budget: what may be spent.
+        no_gradients: why the loss cannot be differentiated; empty where it can.
+    """
+
+    problem: Problem
+    engine: GeneralEngine
+    threshold: float
+    budget: Budget
+    no_gradients: str = ""
+    pilots: dict[int, tuple[Pilot, Rays]] = field(default_factory=dict)
+    _kept: list[Proposal | None] = field(default_factory=list)
+
+    def pilot(self, law: Proposal | None) -> tuple[Pilot, Rays]:
+        """The pilot of a law of directions; made once."""
+        key = id(law)
+        if key not in self.pilots:
+            source = pilot_source(self.problem, self.engine, law)
+            self.pilots[key] = make_pilot(self.problem, source, self.threshold)
+            self.budget.add(source.n_loss, 0)
+            # Known by identity, so it must not go away.
+            self._kept.append(law)
+        return self.pilots[key]
+
+    def open(self, law: Proposal | None, chains: int) -> RayField:
+        """The rays of a law."""
+        return RayField(self.problem, self.threshold, self.pilot(law)[0], law, chains)
+
+    def improve(self, law: Proposal | None, chains: int, stream: int) -> Proposal | None:
+        """A law learned from the boundary, if that pays and can be paid for."""
+        if self.no_gradients or (law is not None and law.offset is not None):
+            return law
+        limit = self.budget.spent + _LEARNING_SHARE * self.budget.total
+        return learn(
+            lambda candidate: self.open(candidate, chains),
+            lambda candidate: self.pilot(candidate)[0].log_weight_sd,
+            law,
+            affordable=lambda count: self.budget.spent + _RAY_PRICE * count < limit,
+            charge=lambda rays: self.budget.add(rays.n_loss, rays.n_grad),
+            stream=_LEARNING_STREAM + stream,
+        )
+
+
+def laboratory(problem: Problem, engine: GeneralEngine, threshold: float) -> Laboratory:
+    """The problem with its isotropic pilot, its budget, and whether there are gradients."""
+    source = pilot_source(problem, engine)
+    pilot = make_pilot(problem, source, threshold)
+    trouble = has_gradients(problem, engine, source)
+    budget = Budget(problem.n * source.price, n_loss=source.n_loss, n_grad=0 if trouble else 1)
+    lab = Laboratory(problem, engine, threshold, budget, no_gradients=trouble)
+    lab.pilots[id(None)] = pilot
+    return lab
+
+
+def chains_for(problem: Problem, states: float) -> tuple[int, int]:
+    """M and K for about so many states a level."""
+    bytes_a_state = problem.dim * torch.finfo(problem.layout.dtype).bits // 8
+    most = max(4 * _SHORT_LENGTH, _STATES_BYTES // bytes_a_state)
+    states = min(states, most)
+    chains = _MANY_CHAINS if states >= _MANY_CHAINS * 32 else _CHAINS
+    chains = max(4, min(chains, int(most) // _SHORT_LENGTH))
+    return chains, int(min(max(states // chains, 2), _MOST_LENGTH))
+
+
+def run_paths(
+    lab: Laboratory,
+    law: Proposal | None,
+    path: Path,
+    make_move: MakeMove,
+    *,
+    method: str,
+    other_law: Callable[[Proposal | None, int], Proposal | None],
+    remarks: list[str],
+    bar: Any,
+) -> PathEstimate:
+    """A short run, then main runs of the length that the budget allows.
+
+    Args:
+        lab: problem and budget.
+        law: of the directions, for the short run and the first main one.
+        path: the path of targets.
+        make_move: a new move.
+        method: its name.
+        other_law: the law of main run number i ≥ 1, given the first one's.
+        remarks: further warnings.
+        bar: progress.
+    """
+    problem, budget = lab.problem, lab.budget
+    began = time.perf_counter()
+    rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, 17])
+    chains, _ = chains_for(problem, _CHAINS * _SHORT_LENGTH)
+
+    def one(law: Proposal | None, chains: int, length: int, stream: int, most: float) -> Run:
+        rays = lab.open(law, chains)
+        move = make_move(generator_on(problem.layout.device, rng), rng)
+        run = temper(
+            rays,
+            path,
+            move,
+            chains=chains,
+            length=length,
+            rng=rng,
+            stream=_FIRST_STREAM + stream,
+            may_go_on=lambda so_far: so_far.n_loss + GRADIENT_COST * so_far.n_grad < most,
+        )
+        budget.add(rays.n_loss, rays.n_grad)
+        return run
+
+    short = one(law, chains, _SHORT_LENGTH, 0, max(budget.left, 0.5 * budget.total))
+    bar.update(1)
+    price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * short.length)
+    replicates = problem.replicates
+    states = max(budget.left, 0.0) / (replicates + _SHORT_SHARE) / price
+    chains, length = chains_for(problem, states)
+    if length < _LEAST_LENGTH:
+        remarks = [
+            *remarks,
+            f"n = {problem.n} pays for chains of {length} states a level only; about "
+            f"{problem.n * _LEAST_LENGTH / max(length, 1):.2g} would pay for {_LEAST_LENGTH}",
+        ]
+        length = max(length, _LEAST_LENGTH // 2)
+    if round(_SHORT_SHARE * length) > _SHORT_LENGTH:
+        # A run so much shorter would say little about this one.
+        short = one(law, chains, round(_SHORT_SHARE * length), 1, max(budget.left, 0.0))
+    runs, laws = [], [law]
+    for index in range(replicates):
+        if index:
+            laws.append(other_law(law, index))
+        share = max(budget.left, 0.0) / (replicates - index)
+        most = _RUNAWAY * max(share, price * chains * length)
+        runs.append(one(laws[-1], chains, length, 2 + index, most))
+        bar.update(1)
+    reentrant = _reentrance(lab, laws[0], runs[0])
+    now = time.perf_counter()
+    pilot = lab.pilot(law)[0]
+    config = {
+        **problem.config,
+        "threshold": lab.threshold,
+        "method": method,
+        "pilot": pilot.describe(),
+        "preconditioner": [None if each is None else each.describe() for each in laws],
+        "replicates": replicates,
+    }
+    provenance = {**problem.provenance, "run_seconds": now - began}
+    for run in (short, *runs):
+        run.final = None
+    return assemble_paths(
+        runs,
+        short,
+        measure=problem.measure,
+        dim=problem.dim,
+        log_abs_scale=problem.log_abs_scale,
+        offset_squared=problem.offset_squared,
+        seeds=(problem.seed,),
+        config=config,
+        plan=problem.plan.describe(),
+        provenance=provenance,
+        n_loss=budget.n_loss,
+        n_grad=budget.n_grad,
+        seconds=now - problem.began,
+        reentrant=reentrant,
+        log_constant_error=max(
+            0.0 if each is None else each.log_constant_error for each in laws
+        ),
+        remarks=remarks,
+    )
+
+
+def _reentrance(lab: Laboratory, law: Proposal | None, run: Run) -> tuple[float, float]:
+    """Share of the weight on rays that leave the basin and re-enter it, by a random few."""
+    final = run.final
+    if final is None or not run.finished:
+        return 0.0, 0.0
+    problem = lab.problem
+    rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, 23])
+    rows = np.sort(rng.choice(len(final), size=min(_AUDITED, len(final)), replace=False))
+    rays = lab.open(law, run.chains)
+    population = final.take(rows)
+    first, found = rays.first_crossings(population)
+    lab.budget.add(rays.n_loss, 0)
+    if not found.any():
+        return 0.0, 0.0
+    scale = final_log_scale(problem.measure)
+    weights, corrected = (
+        log_weight(problem.measure, problem.dim, x, population.shift, population.log_offset, scale)
+        for x in (population.log_radii, first)
+    )
+    lost = -np.expm1(np.minimum(corrected - weights, 0.0))
+    return float(lost.mean()), float(lost.std(ddof=1)) / math.sqrt(len(rows))
+
+
+def has_gradients(problem: Problem, engine: GeneralEngine, source: RayLoss) -> str:
+    """Why the loss has no gradient to go by; empty where it has one."""
+    lane = np.array([0])
+    source.assign(np.array([0]))
+    source.load(lane, lane)
+    try:
+        _, gradient = engine.loss_and_grad(np.array([problem.typical_radius]), lane)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not bool(torch.isfinite(gradient).all()):
+        return "it is not finite"
+    if not bool((gradient != 0).any()):
+        return "it is zero"
+    return ""
+

@@ -1,0 +1,75 @@
+r"""Annealed sampling over directions: from isotropic ones to those that hold the volume.
+
+Targets W(u)^β with W the radial integral of a ray, β from 0 to 1 (``fastvol.sampling``): log Z of
+the last is the log mean of W over directions, which plain sampling cannot reach once nearly all of
+it is carried by directions that are never drawn. Moves are geodesic Hamiltonian Monte Carlo, or
+great-circle slices where the loss has no gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._path_estimate import final_log_scale
+from .._problem import Problem
+from .._proposal import Proposal
+from ..errors import FastvolWarning
+from ..result import VolumeEstimate
+from ..sampling.learning import perturbed
+from ..sampling.moves import GreatCircleSlice, Hamiltonian, Move
+from ..sampling.tempering import tilt
+from ._laws import given_law
+from ._paths import Laboratory, laboratory, run_paths
+
+
+def run(problem: Problem) -> list[VolumeEstimate]:
+    """One estimate per threshold."""
+    with problem.bar(unit="run", total=1 + problem.replicates) as bar:
+        return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
+
+
+def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
+    lab = laboratory(problem, problem.engine(), threshold)
+    return anneal(lab, bar)
+
+
+def anneal(lab: Laboratory, bar: Any) -> VolumeEstimate:
+    """The estimate by annealing, within the laboratory's budget."""
+    problem, trouble = lab.problem, lab.no_gradients
+    remarks = []
+    if trouble:
+        remarks.append(
+            f"the loss has no gradient to go by ({trouble}): moves are great-circle slices, about "
+            "ten times as expensive"
+        )
+        warnings.warn(f"loss_fn: {remarks[-1]}", FastvolWarning, stacklevel=5)
+    start = given_law(lab)
+    law = start if problem.preconditioner is None else lab.improve(start, 32, 0)
+    rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, 29])
+
+    def other_law(first: Proposal | None, index: int) -> Proposal | None:
+        if first is not start:
+            again = lab.improve(start, 32, 100 * index)
+            if again is not start:
+                return again
+        return perturbed(first, problem.dim, rng)
+
+    def make_move(generator: torch.Generator, rng: np.random.Generator) -> Move:
+        if trouble:
+            return GreatCircleSlice(generator, rng)
+        return Hamiltonian(generator, rng)
+
+    return run_paths(
+        lab,
+        law,
+        tilt(final_log_scale(problem.measure)),
+        make_move,
+        method="annealed",
+        other_law=other_law,
+        remarks=remarks,
+        bar=bar,
+    )

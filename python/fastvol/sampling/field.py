@@ -1,0 +1,445 @@
+r"""Rays of given directions: their ends, their log weights, and the force on them.
+
+A direction is a unit vector u; its ray is t·v, v = P u, and ends at t = ρ(u). With x = log(ρ‖v‖),
+b = ⟨v, μ⟩/‖v‖ and a = ⟨u, m⟩ its log weight is, up to a constant (see ``fastvol._proposal``),
+
+.. math::
+    \log W(u) = d \min(x, \log R) - d \log\|v\|
+    \quad\text{or}\quad
+    \log W(u) = \log I_d(e^x, b) - d \log\|v\| - \log I_d(\infty, a).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .._problem import Problem
+from .._proposal import Directions, Proposal
+from .._reference.search import Status
+from ..engines import Dense, GeneralEngine
+from ..measures import Gaussian, Lebesgue
+from ..methods._search import Pilot, search_options
+from ..result import log_weights, ray_offsets
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+# Forces longer than this are shortened: a leapfrog step could not follow them.
+_LONGEST_FORCE = 30.0
+# A component of a smoothed force is at most this many times the mean one.
+_SMOOTHED = 3.0
+_STEP = 1e-4
+
+
+@dataclass(frozen=True)
+class Level:
+    """A target on a path: directions with density W(u)^β, W under a cap or width of its own.
+
+    Args:
+        beta: β.
+        log_scale: log R of the cap, or log c of a normal law c times as wide; ``inf`` is no cap.
+    """
+
+    beta: float
+    log_scale: float
+
+
+@dataclass
+class Population:
+    """Some directions and what is known of their rays, one row each.
+
+    Args:
+        units: u, ``[k, d]`` in the working dtype.
+        log_radii: x, float64 ``[k]``.
+        status: how each ray ended, uint8 ``[k]``.
+        shift: b ``[k]``.
+        log_norm: log‖v‖ ``[k]``.
+        log_offset: what the law of the directions adds to log W ``[k]``, nats.
+    """
+
+    units: Tensor
+    log_radii: Float
+    status: npt.NDArray[np.uint8]
+    shift: Float
+    log_norm: Float
+    log_offset: Float
+
+    def __len__(self) -> int:
+        return len(self.log_radii)
+
+    @property
+    def log_multiples(self) -> Float:
+        """log ρ ``[k]``."""
+        return self.log_radii - self.log_norm
+
+    def take(self, rows: Int) -> Population:
+        """The rows ``rows``, copied."""
+        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self.units.device)
+        return Population(
+            self.units[index], *(array[rows] for array in self._arrays())
+        )
+
+    def put(self, rows: Int, other: Population) -> None:
+        """Overwrites the rows ``rows``."""
+        index = torch.from_numpy(np.ascontiguousarray(rows)).to(self.units.device)
+        self.units[index] = other.units
+        for own, new in zip(self._arrays(), other._arrays(), strict=True):
+            own[rows] = new
+
+    @classmethod
+    def join(cls, parts: Sequence[Population]) -> Population:
+        """All rows, in order."""
+        columns = zip(*(part._arrays() for part in parts), strict=True)
+        return cls(
+            torch.cat([part.units for part in parts]), *(np.concatenate(c) for c in columns)
+        )
+
+    def _arrays(self) -> tuple[npt.NDArray[np.float64], ...]:
+        return (
+            self.log_radii,
+            self.status,  # type: ignore[return-value]
+            self.shift,
+            self.log_norm,
+            self.log_offset,
+        )
+
+
+class RayField:
+    """The rays of one problem under one law of directions, at one threshold.
+
+    Args:
+        problem, threshold, pilot: of the run; the pilot's radii are in multiples of v.
+        proposal: P and m; ``None`` is isotropic.
+        lanes: the most rays evaluated together.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        threshold: float,
+        pilot: Pilot,
+        proposal: Proposal | None,
+        lanes: int,
+    ) -> None:
+        self.problem = problem
+        self.threshold = threshold
+        self.pilot = pilot
+        self.proposal = proposal
+        self.dim = problem.dim
+        self.lanes = lanes
+        self.n_loss = 0
+        self.n_grad = 0
+        self._engine: GeneralEngine = problem.engine(lanes)
+        self._loss0 = min(problem.loss0, threshold)
+        self._log_gap = math.log(max(threshold - self._loss0, 1e-300))
+        self._options = {**search_options(problem, pilot, threshold), "lanes": lanes}
+        self._items: Tensor | None = None
+
+    # What the lane loop calls.
+    def load(self, lanes: Int, items: Int) -> None:
+        """Puts directions on lanes, by their place in the batch that is searched."""
+        assert self._items is not None
+        rows = self._items[torch.from_numpy(items).to(self._items.device)]
+        self._engine.load(lanes, Dense(rows))
+
+    def loss(self, lanes: Int, radii: Float) -> Float:
+        """Losses at multiples of v."""
+        self.n_loss += len(lanes)
+        return self._engine.loss(radii, lanes).values
+
+    def directions(self, units: Tensor) -> Directions:
+        """v = P u and what goes with it."""
+        if self.proposal is None:
+            zeros = np.zeros(len(units))
+            return Directions(units, zeros, zeros)
+        return self.proposal.of_units(units)
+
+    def isotropic(self, ids: Int, stream: int) -> Tensor:
+        """Unit vectors from the counters (seed, stream, id), ``[k, d]``: the law at β = 0."""
+        layout = self.problem.layout
+        z = torch.empty((len(ids), self.dim), dtype=layout.dtype, device=layout.device)
+        self.problem.backend.normals(
+            z, self.problem.seed, stream, ids, threads=self.problem.plan.noise_threads
+        )
+        if self.proposal is not None and self.proposal.offset is not None:
+            z += self.proposal.offset.to(z)
+        return z / z.norm(dim=1, keepdim=True)
+
+    def measure(
+        self,
+        units: Tensor,
+        start: Float | None = None,
+        rows: Directions | None = None,
+    ) -> Population:
+        """Finds the ends of some rays.
+
+        Args:
+            units: ``[k, d]``.
+            start: log multiples to start from ``[k]``; the pilot's median by default.
+            rows: their directions, where they are known.
+        """
+        rows = self.directions(units) if rows is None else rows
+        count = len(units)
+        cap = self.pilot.metric_log_cap
+        if start is None:
+            start = np.full(count, self.pilot.start_log_radius)
+        options = dict(self._options)
+        if count and math.isfinite(cap):
+            options["log_cap"] = min(
+                self.pilot.log_cap + 30.0, cap - float(rows.log_norm.min())
+            )
+        self._items = rows.v
+        log_rho, status = self.problem.backend.search(self, start, mode="search", **options)[:2]
+        log_radii = log_rho + rows.log_norm
+        beyond = log_radii >= cap
+        log_radii[beyond], status[beyond] = cap, Status.UNBOUNDED
+        return Population(
+            units,
+            log_radii,
+            status,
+            rows.shift(self.problem.offset),
+            rows.log_norm,
+            self.offsets(rows),
+        )
+
+    def draw_log_length(self, normals: Tensor, level: Level, rng: np.random.Generator) -> Float:
+        """Log length of a point drawn by a level's law on the rays of some normal vectors, ``[k]``.
+
+        Uniform in the ball of radius R, or c times the normal vector's own length.
+        """
+        if isinstance(self.problem.measure, Lebesgue):
+            return level.log_scale + np.log(rng.uniform(size=len(normals))) / self.dim
+        length: Float = normals.to(torch.float64).norm(dim=1).log().cpu().numpy()
+        return length + level.log_scale
+
+    def offsets(self, rows: Directions) -> Float:
+        """What the law of the directions adds to log W, nats ``[k]``."""
+        if self.proposal is None:
+            return np.zeros(len(rows.log_norm))
+        return ray_offsets(self.dim, rows.log_norm, rows.proposal_shift)
+
+    def first_crossings(self, population: Population) -> tuple[Float, Bool]:
+        """Scans rays from inside for an earlier crossing: log lengths, and where one was found."""
+        self._items = self.directions(population.units).v
+        log_rho, _, _, found = self.problem.backend.search(
+            self, population.log_multiples, mode="scan", **self._options
+        )
+        reentrant = found.astype(np.bool_)
+        first = np.where(reentrant, log_rho + population.log_norm, population.log_radii)
+        return first, reentrant
+
+    def inside(self, rows: Directions, log_multiples: Float) -> Bool:
+        """Whether the points at some multiples of v lie in the basin, one loss each."""
+        result = np.zeros(len(log_multiples), dtype=np.bool_)
+        for first in range(0, len(result), self.lanes):
+            part = np.arange(first, min(first + self.lanes, len(result)))
+            lanes = np.arange(len(part))
+            self._engine.load(lanes, Dense(rows.v[first : first + len(part)]))
+            losses = self.loss(lanes, np.exp(log_multiples[part]))
+            result[part] = np.isfinite(losses) & (losses <= self.threshold)
+        return result
+
+    def log_weight(
+        self,
+        log_radii: Float,
+        shift: Float,
+        log_offset: Float,
+        log_scale: float,
+    ) -> Float:
+        """log W, nats ``[k]``, under the cap or width ``log_scale``."""
+        return log_weight(
+            self.problem.measure, self.dim, log_radii, shift, log_offset, log_scale
+        )
+
+    def log_density(self, population: Population, level: Level) -> Float:
+        """β log W of a level, nats ``[k]``; 0 on the first."""
+        if level.beta == 0:
+            return np.zeros(len(population))
+        return level.beta * self.log_weight(
+            population.log_radii, population.shift, population.log_offset, level.log_scale
+        )
+
+    def least_log_multiple(self, rows: Directions, log_density: Float, level: Level) -> Float:
+        """The log multiple of v from which on a level's density reaches ``log_density``, ``[k]``.
+
+        +inf where it never does.
+        """
+        shift = rows.shift(self.problem.offset)
+        offset = self.offsets(rows)
+        wanted = log_density / level.beta
+
+        def weight(log_multiple: Float) -> Float:
+            return self.log_weight(log_multiple + rows.log_norm, shift, offset, level.log_scale)
+
+        high = self._log_caps(rows, level)
+        reachable = weight(high) >= wanted
+        if isinstance(self.problem.measure, Lebesgue):
+            low = (wanted - weight(-rows.log_norm - 1e3)) / self.dim - rows.log_norm - 1e3
+            return np.where(reachable, np.minimum(low, high), math.inf)
+        low = high - 40.0
+        for _ in range(44):
+            middle = 0.5 * (low + high)
+            enough = weight(middle) >= wanted
+            low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+        return np.where(reachable, high, math.inf)
+
+    def _log_caps(self, rows: Directions, level: Level) -> Float:
+        """Log multiples of v beyond which a level does not tell rays apart, ``[k]``."""
+        if isinstance(self.problem.measure, Lebesgue) and math.isfinite(level.log_scale):
+            return np.asarray(level.log_scale - rows.log_norm)
+        if math.isfinite(self.pilot.metric_log_cap):
+            return np.asarray(self.pilot.metric_log_cap - rows.log_norm)
+        return np.full(len(rows.log_norm), self.pilot.log_cap + 2.0)
+
+    def gradient(self, units: Tensor, log_multiples: Float) -> Tensor:
+        """Pᵀ∇L at some multiples of v, ``[k, d]``; ∇ with respect to metric coordinates."""
+        rows, lanes = self.directions(units), np.arange(len(units))
+        self._engine.load(lanes, Dense(rows.v))
+        _, gradients = self._engine.loss_and_grad(np.exp(log_multiples), lanes)
+        self.n_grad += len(units)
+        if self.proposal is not None:
+            gradients = self.proposal.preconditioner.rmatvec(gradients)
+        return gradients
+
+    def force(
+        self, units: Tensor, log_multiple: float, level: Level, *, smoothed: bool = False
+    ) -> tuple[Tensor, Float]:
+        """The force β∇log W / d on some directions, tangent to the sphere, and a guess of log ρ.
+
+        From the loss and its gradient at one multiple of v, the same for all: a function of u
+        alone, so that a leapfrog step of it is reversible. Where the excess loss is homogeneous the
+        force is exact.
+
+        Args:
+            units: u ``[k, d]``.
+            log_multiple: log of the common radius.
+            level: the target.
+            smoothed: cut single components that stick out, as they do near a kink of the loss.
+
+        Returns:
+            force ``[k, d]`` in the working dtype; the end of the ray by extrapolation along it,
+            float64 ``[k]``.
+        """
+        count, d = len(units), self.dim
+        rows = self.directions(units)
+        lanes = np.arange(count)
+        self._engine.load(lanes, Dense(rows.v))
+        radius = math.exp(log_multiple)
+        losses, gradients = self._engine.loss_and_grad(np.full(count, radius), lanes)
+        self.n_grad += count
+        if self.proposal is not None:
+            gradients = self.proposal.preconditioner.rmatvec(gradients)
+        along_ray = (gradients * units).sum(dim=1, dtype=torch.float64)
+        slope = along_ray.cpu().numpy()
+        excess = losses - self._loss0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            steepness = radius * slope / excess
+            step = (self._log_gap - np.log(excess)) / steepness
+        usable = (excess > 0) & (slope > 0) & np.isfinite(step)
+        guess = log_multiple + np.where(usable, np.clip(np.nan_to_num(step), -0.7, 0.7), 0.0)
+        outward = (slope > 0) & np.isfinite(slope) & np.isfinite(losses)
+
+        shift = rows.shift(self.problem.offset)
+        x = guess + rows.log_norm
+        kappa = self._slope_in_radius(x, shift, level)
+        # ∇log ρ = −G/⟨G, u⟩, whose part along u is −1.
+        inverse = np.divide(-kappa / d, slope, out=np.zeros(count), where=outward)
+        force = gradients * _column(inverse, units)
+        if self.proposal is not None:
+            # (κ − d) ∇log‖v‖
+            back = self.proposal.preconditioner.rmatvec(rows.v)
+            squared = np.exp(-2.0 * rows.log_norm)
+            force = force + back * _column((kappa / d - 1.0) * squared, units)
+        mean = self.problem.offset
+        if mean is not None:
+            force = force + self._shift_force(units, rows, x, shift, mean, level)
+        force = torch.nan_to_num(level.beta * force, nan=0.0, posinf=0.0, neginf=0.0)
+        if smoothed:
+            most = _SMOOTHED * force.abs().mean(dim=1, keepdim=True)
+            force = torch.maximum(torch.minimum(force, most), -most)
+        force = force - (force * units).sum(dim=1, keepdim=True) * units
+        length = force.norm(dim=1, keepdim=True)
+        return force * (_LONGEST_FORCE / length.clamp(min=_LONGEST_FORCE)), guess
+
+    def _slope_in_radius(self, x: Float, shift: Float, level: Level) -> Float:
+        """∂log W/∂x; a cap is rounded over the width that a level of it has."""
+        if isinstance(self.problem.measure, Lebesgue):
+            cap = level.log_scale
+            if math.isinf(cap):
+                return np.full(len(x), float(self.dim))
+            return self.dim / (1.0 + np.exp(np.clip(self.dim * (x - cap), -60.0, 60.0)))
+        x = np.minimum(x, self.pilot.metric_log_cap)
+        low, high = (
+            self.log_weight(x + step, shift, 0.0 * x, level.log_scale)
+            for step in (-0.5 * _STEP, 0.5 * _STEP)
+        )
+        return np.clip(np.nan_to_num((high - low) / _STEP), 0.0, float(self.dim))
+
+    def _shift_force(
+        self,
+        units: Tensor,
+        rows: Directions,
+        x: Float,
+        shift: Float,
+        mean: Tensor,
+        level: Level,
+    ) -> Tensor:
+        """The part of ∇log W / d that comes through b and a."""
+        step = _STEP * max(1.0, 0.1 * math.sqrt(self.dim))
+
+        def derivative(x: Float, b: Float, log_scale: float) -> Float:
+            low, high = (
+                self.log_weight(x, b + change, 0.0 * x, log_scale)
+                for change in (-0.5 * step, 0.5 * step)
+            )
+            return np.nan_to_num((high - low) / step) / self.dim
+
+        by_b = derivative(np.minimum(x, self.pilot.metric_log_cap), shift, level.log_scale)
+        mean = mean.to(units)
+        if self.proposal is None:
+            return _column(by_b, units) * mean
+        preconditioner = self.proposal.preconditioner
+        inverse = np.exp(-rows.log_norm)
+        force = _column(by_b * inverse, units) * preconditioner.rmatvec(mean[None])
+        force = force - _column(by_b * shift * inverse**2, units) * preconditioner.rmatvec(rows.v)
+        if self.proposal.offset is not None:
+            by_a = derivative(np.full(len(x), math.inf), rows.proposal_shift, 0.0)
+            force = force - _column(by_a, units) * self.proposal.offset.to(units)
+        return force
+
+
+def log_weight(
+    measure: Lebesgue | Gaussian,
+    dim: int,
+    log_radii: Float,
+    shift: Float,
+    log_offset: Float,
+    log_scale: float,
+) -> Float:
+    """log W of some rays, nats ``[k]``, under a cap exp(log_scale), or a normal law as wide.
+
+    Args:
+        measure: its kind decides what the scale is.
+        dim: d.
+        log_radii: log length of the rays ``[k]``; for a normal law in units of its std.
+        shift, log_offset: as in :class:`Population`.
+        log_scale: log R, or log c.
+    """
+    if isinstance(measure, Lebesgue):
+        return dim * np.minimum(log_radii, log_scale) - math.log(dim) + log_offset
+    weights, _ = log_weights(
+        measure, dim, log_radii - log_scale, shift * math.exp(-log_scale)
+    )
+    return weights + log_offset
+
+
+def _column(values: Float, like: Tensor) -> Tensor:
+    return torch.as_tensor(values, device=like.device, dtype=like.dtype)[:, None]

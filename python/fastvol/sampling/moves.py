@@ -1,0 +1,348 @@
+r"""Markov moves of directions on the unit sphere that keep W(u)^β.
+
+Geodesic Hamiltonian Monte Carlo (Byrne & Girolami 2013, Scand. J. Statist. 40, 825–845; on the
+sphere Lan, Zhou & Shahbaba 2014): velocities v ~ N(0, I/d) tangent at u, geodesics are great
+circles, and the force β∇log W / d is taken at one radius that is a constant of the level, so that
+it depends on u alone. Volume and time reversal are kept whatever that force is; the end point is
+accepted by its exact ray,
+
+.. math:: \min\{1, \exp(\beta\,\Delta\log W - d\,\Delta\|v\|^2/2)\}.
+
+The great-circle slice move (Habeck, Hasenpflug, Kodgirwar & Rudolf 2023, arXiv 2301.08056, the
+elliptical slice sampler's bracket of Murray, Adams & MacKay 2010) needs no gradient: one loss a
+trial says whether a ray reaches the radius that the slice asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .field import Level, Population, RayField
+
+Float = npt.NDArray[np.float64]
+
+_TARGET_ACCEPTANCE = 0.7
+# Steps longer than this need no other force; below it each is tried this often first.
+_COMFORTABLE = 0.05
+_TRIALS = 12
+_MOST_SHRINKS = 60
+_PCN_ACCEPTANCE = 0.35
+
+
+class Move(Protocol):
+    """One step of every chain; it may adapt itself, between the levels and within."""
+
+    name: str
+
+    def start_level(self, population: Population, level: Level) -> None:
+        """Told the population from which a level starts."""
+        ...
+
+    def step(self, field: RayField, state: Population, level: Level) -> Population:
+        """The next states, one for each row of ``state``."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """What the last level showed of itself."""
+        ...
+
+
+@dataclass
+class Hamiltonian:
+    """Geodesic Hamiltonian Monte Carlo.
+
+    Two forces are at hand: the plain one, and one whose single large components are cut, which
+    takes longer steps where the loss has kinks. While the plain one needs short steps both are
+    tried, and the one with the longer steps is kept.
+
+    Args:
+        generator: of the velocities, on the rays' device.
+        rng: of everything else.
+        step_size: of the first leapfrog step, radians.
+        most_leapfrogs: in one move.
+        adapt: whether the step size follows the acceptance.
+    """
+
+    generator: torch.Generator
+    rng: np.random.Generator
+    step_size: float = 0.4
+    most_leapfrogs: int = 256
+    adapt: bool = True
+    name: str = "hamiltonian"
+
+    _log_multiple: float = 0.0
+    _smoothed: bool = False
+    _sizes: list[float] = field(default_factory=list)
+    _tried: list[int] = field(default_factory=lambda: [0, 0])
+    _accepted: float = 0.0
+    _moves: int = 0
+    _capped: int = 0
+
+    def start_level(self, population: Population, level: Level) -> None:
+        """Takes the median end of the population's rays as the level's radius."""
+        del level
+        self._log_multiple = float(np.median(population.log_multiples))
+        self._accepted, self._moves, self._capped = 0.0, 0, 0
+        if not self._sizes:
+            self._sizes = [self.step_size, self.step_size]
+
+    def step(self, field: RayField, state: Population, level: Level) -> Population:
+        """One trajectory of about a quarter circle for every chain."""
+        d = field.dim
+        q = state.units
+        self._choose_force()
+        size = self._sizes[self._smoothed]
+        # One number of steps for all chains: their gradients are one call.
+        epsilon = size * float(self.rng.uniform(0.85, 1.15))
+        wanted = max(1, round(0.5 * math.pi * float(self.rng.uniform(0.7, 1.3)) / epsilon))
+        steps = min(wanted, self.most_leapfrogs)
+        v = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
+        v /= math.sqrt(d)
+        v -= (v * q).sum(dim=1, keepdim=True) * q
+        before = _kinetic(v, d)
+        force, guess = field.force(q, self._log_multiple, level, smoothed=self._smoothed)
+        for _ in range(steps):
+            v = v + (0.5 * epsilon) * force
+            q, v = great_circle(q, v, epsilon)
+            force, guess = field.force(q, self._log_multiple, level, smoothed=self._smoothed)
+            v = v + (0.5 * epsilon) * force
+        proposed = field.measure(q, guess)
+        gained = field.log_density(proposed, level) - field.log_density(state, level)
+        log_ratio = gained + before - _kinetic(v, d)
+        log_ratio = np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
+        accepted = np.log(self.rng.uniform(size=len(state))) < log_ratio
+        rate = float(np.exp(log_ratio).mean())
+        self._accepted += rate
+        self._moves += 1
+        self._tried[self._smoothed] += 1
+        self._capped += wanted > steps
+        if self.adapt:
+            size *= math.exp(0.8 * (rate - _TARGET_ACCEPTANCE))
+            self._sizes[self._smoothed] = min(max(size, 1e-5), 1.5)
+        result = state.take(np.arange(len(state)))
+        taken = np.flatnonzero(accepted)
+        result.put(taken, proposed.take(taken))
+        return result
+
+    def _choose_force(self) -> None:
+        plain, smoothed = self._sizes
+        if not self.adapt or plain > _COMFORTABLE:
+            self._smoothed = False
+        elif min(self._tried) < _TRIALS:
+            self._smoothed = self._tried[1] < self._tried[0]
+        else:
+            self._smoothed = smoothed > plain
+
+    def report(self) -> dict[str, float]:
+        """Acceptance, step size, and the share of moves cut short by the leapfrog cap."""
+        moves = max(self._moves, 1)
+        return {
+            "acceptance": self._accepted / moves,
+            "step_size": self._sizes[self._smoothed],
+            "smoothed": float(self._smoothed),
+            "capped": self._capped / moves,
+        }
+
+
+@dataclass
+class GreatCircleSlice:
+    """A slice of W(u)^β on a random great circle through u, shrunk until it is met.
+
+    Args:
+        generator: of the circles, on the rays' device.
+        rng: of everything else.
+        repeats: slices in one move.
+    """
+
+    generator: torch.Generator
+    rng: np.random.Generator
+    repeats: int = 4
+    name: str = "slice"
+
+    _angle: float = 0.0
+    _moves: int = 0
+    _stuck: int = 0
+
+    def start_level(self, population: Population, level: Level) -> None:
+        """Nothing to prepare."""
+        del population, level
+        self._angle, self._moves, self._stuck = 0.0, 0, 0
+
+    def step(self, field: RayField, state: Population, level: Level) -> Population:
+        """``repeats`` slices for every chain."""
+        for _ in range(self.repeats):
+            state = self._slice(field, state, level)
+        return state
+
+    def _slice(self, field: RayField, state: Population, level: Level) -> Population:
+        count = len(state)
+        q = state.units
+        h = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
+        h -= (h * q).sum(dim=1, keepdim=True) * q
+        h /= h.norm(dim=1, keepdim=True)
+        height = field.log_density(state, level) + np.log(self.rng.uniform(size=count))
+        angle = self.rng.uniform(0.0, 2.0 * math.pi, size=count)
+        low, high = angle - 2.0 * math.pi, angle.copy()
+        result = state.take(np.arange(count))
+        waiting = np.arange(count)
+        for _ in range(_MOST_SHRINKS):
+            index = torch.from_numpy(waiting).to(q.device)
+            theta = torch.as_tensor(angle[waiting], device=q.device, dtype=q.dtype)[:, None]
+            trial = q[index] * theta.cos() + h[index] * theta.sin()
+            trial = trial / trial.norm(dim=1, keepdim=True)
+            rows = field.directions(trial)
+            asked = field.least_log_multiple(rows, height[waiting], level)
+            met = np.isfinite(asked)
+            possible = np.flatnonzero(met)
+            if len(possible):
+                met[possible] = field.inside(rows.take(possible), asked[possible])
+            done = np.flatnonzero(met)
+            if len(done):
+                chosen = torch.from_numpy(done).to(q.device)
+                result.put(
+                    waiting[done], field.measure(trial[chosen], asked[done], rows.take(done))
+                )
+                self._angle += float(np.abs(np.sin(angle[waiting[done]])).sum())
+                self._moves += len(done)
+            waiting = waiting[~met]
+            if not len(waiting):
+                break
+            shrunk = angle[waiting]
+            low[waiting] = np.where(shrunk < 0, shrunk, low[waiting])
+            high[waiting] = np.where(shrunk < 0, high[waiting], shrunk)
+            angle[waiting] = self.rng.uniform(low[waiting], high[waiting])
+        self._stuck += len(waiting)
+        return result
+
+    def report(self) -> dict[str, float]:
+        """Mean sine of the angle moved, and the share of slices that were not met."""
+        moves = max(self._moves + self._stuck, 1)
+        return {"step_size": self._angle / moves, "stuck": self._stuck / moves}
+
+
+@dataclass
+class CrankNicolson:
+    """Preconditioned Crank–Nicolson steps on (z, r): z′ = √(1−s²) z + s ξ, u = z/‖z‖.
+
+    They keep z ~ N(0, I), so their acceptance depends on what is known about u, not on d (Cotter,
+    Roberts, Stuart & White 2013, Statist. Sci. 28, 424–446). r is a radius drawn from the level's
+    law of radii, and a step is accepted if the point r·v lies in the basin: one loss. Given u, r
+    is drawn anew below the ray's end, which is found once a move.
+
+    Args:
+        generator: of ξ, on the rays' device.
+        rng: of everything else.
+        repeats: steps in one move.
+        size: s of the first step.
+    """
+
+    generator: torch.Generator
+    rng: np.random.Generator
+    repeats: int = 4
+    size: float = 0.9
+    name: str = "crank-nicolson"
+
+    _accepted: float = 0.0
+    _steps: int = 0
+
+    def start_level(self, population: Population, level: Level) -> None:
+        """Nothing to prepare."""
+        del population, level
+        self._accepted, self._steps = 0.0, 0
+
+    def step(self, field: RayField, state: Population, level: Level) -> Population:
+        """``repeats`` steps for every chain, and a search of the rays that moved."""
+        q = state.units
+        count = len(state)
+        length = torch.as_tensor(
+            np.sqrt(self.rng.chisquare(field.dim, size=count)), device=q.device, dtype=q.dtype
+        )
+        z = q * length[:, None]
+        moved = np.zeros(count, dtype=np.bool_)
+        reached = state.log_multiples.copy()
+        for _ in range(self.repeats):
+            noise = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
+            trial = math.sqrt(1.0 - self.size**2) * z + self.size * noise
+            asked = field.draw_log_length(trial, level, self.rng)
+            rows = field.directions(trial / trial.norm(dim=1, keepdim=True))
+            asked = asked - rows.log_norm
+            accepted = field.inside(rows, asked)
+            index = torch.from_numpy(np.flatnonzero(accepted)).to(q.device)
+            z[index] = trial[index]
+            moved |= accepted
+            reached[accepted] = asked[accepted]
+            rate = float(accepted.mean())
+            self._accepted += rate
+            self._steps += 1
+            grown = self.size * math.exp(0.4 * (rate - _PCN_ACCEPTANCE))
+            self.size = min(max(grown, 1e-4), 0.999)
+        result = state.take(np.arange(count))
+        taken = np.flatnonzero(moved)
+        if len(taken):
+            units = z[torch.from_numpy(taken).to(q.device)]
+            units = units / units.norm(dim=1, keepdim=True)
+            result.put(taken, field.measure(units, reached[taken]))
+        return result
+
+    def report(self) -> dict[str, float]:
+        """Acceptance and the last s."""
+        return {"acceptance": self._accepted / max(self._steps, 1), "step_size": self.size}
+
+
+@dataclass
+class Switching:
+    """A move without gradients while its step is long, then one with them.
+
+    Args:
+        cheap: reports a ``step_size``.
+        strong: takes over once that falls below ``least``.
+        least: of the cheap move's step.
+    """
+
+    cheap: CrankNicolson
+    strong: Hamiltonian
+    least: float = 0.08
+    name: str = "switching"
+
+    _strong: bool = False
+
+    def start_level(self, population: Population, level: Level) -> None:
+        """Decides which of the two moves this level."""
+        self._strong = self._strong or self.cheap.size < self.least
+        self._current.start_level(population, level)
+
+    def step(self, field: RayField, state: Population, level: Level) -> Population:
+        """One move of the current kind."""
+        return self._current.step(field, state, level)
+
+    def report(self) -> dict[str, float]:
+        """That of the current kind, and whether it takes gradients."""
+        return {**self._current.report(), "gradients": float(self._strong)}
+
+    @property
+    def _current(self) -> CrankNicolson | Hamiltonian:
+        return self.strong if self._strong else self.cheap
+
+
+def great_circle(q: Tensor, v: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    """Position and velocity after ``time`` along the great circles through q with velocity v."""
+    speed = v.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    angle = speed * time
+    cosine, sine = angle.cos(), angle.sin()
+    moved = q * cosine + v * (sine / speed)
+    turned = v * cosine - q * (speed * sine)
+    moved = moved / moved.norm(dim=1, keepdim=True)
+    return moved, turned - (turned * moved).sum(dim=1, keepdim=True) * moved
+
+
+def _kinetic(v: Tensor, d: int) -> Float:
+    """d ‖v‖²/2, float64 ``[k]``."""
+    squared: Float = v.to(torch.float64).square().sum(dim=1).cpu().numpy()
+    return 0.5 * d * squared
