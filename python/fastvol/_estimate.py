@@ -24,8 +24,8 @@ from ._version import __version__
 from .engines import Plan, measure_plan
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
-from .metrics import Metric, metric_scale
 from .methods._laws import NAMES as PRECONDITIONERS
+from .metrics import Metric, metric_scale
 from .result import Rays, VolumeEstimate
 
 _BLOCK = 1024

@@ -3,9 +3,9 @@ r"""An estimate from Markov chains along a path of targets, and its error.
 Every run gives, through the multistate bridge over its own states, the log mean of any weight over
 the law of its directions. The main runs are combined by their sampling errors. To that error are
 added, in quadrature, the spread of the runs and what too little mixing may cost: the difference to
-a shorter run, carried on to the longer one as 1/K falls,
+a shorter run, carried on to the longer one as if it fell like 1/K,
 
-.. math:: \tfrac32\,|\log Z_K - \log Z_{K'}|\,K' / (K - K').
+.. math:: |\log Z_K - \log Z_{K'}|\,K' / (K - K').
 
 Chains that mix too little find too small a volume; averaging more of them does not cure that,
 longer ones do.
@@ -150,7 +150,7 @@ def combine_runs(
     if short is not None:
         long_k, short_k = lengths
         gap = abs(float(values[0]) - short[0]) if math.isfinite(short[0]) else math.inf
-        drift = 1.5 * gap * short_k / max(long_k - short_k, 1)
+        drift = gap * short_k / max(long_k - short_k, 1)
     return Combined(
         log_mean=value,
         stderr=math.hypot(sampling, spread, drift),
@@ -219,9 +219,7 @@ class PathEstimate(VolumeEstimate):
             level: between 0 and 1.
         """
         _check_level(level)
-        forward = np.array(
-            [sum(run.log_increments) + run.log_constant for run in self._runs]
-        )
+        forward = np.array([sum(run.log_increments) + run.log_constant for run in self._runs])
         top = float(forward.max())
         mean = top + math.log(float(np.exp(forward - top).mean()))
         shift = self.log_volume - self.statistics.log_mean
@@ -444,9 +442,7 @@ def combined_at(
     """The log mean of W under a cap or width, from all runs, constants of their laws included."""
     everything = [*runs] + ([] if short is None else [short])
     means = [
-        bridge.mean(
-            log_weight(measure, dim, run.log_radii, run.shift, run.log_offset, log_scale)
-        )
+        bridge.mean(log_weight(measure, dim, run.log_radii, run.shift, run.log_offset, log_scale))
         for run, bridge in zip(everything, bridges, strict=True)
     ]
     values = [
@@ -692,4 +688,3 @@ def load_paths(
         remarks=header["remarks"],
         **{name: header[name] for name in kept},
     )
-

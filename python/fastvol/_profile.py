@@ -440,9 +440,7 @@ def gaussian_profile(
         if math.isfinite(slope):
             inexact = radius_errors(slope, log_radius_error, log_radius_bias)
             summary = with_extra_error(summary, *inexact, extra_error)
-        table.fill(
-            row, summary, log_constant - 0.5 * offset_squared / c**2, slope, False
-        )
+        table.fill(row, summary, log_constant - 0.5 * offset_squared / c**2, slope, False)
 
     order = np.argsort(multiples, kind="stable")
     ascending = passed[order]

@@ -100,9 +100,7 @@ class Rays:
     ) -> tuple[Float, float]:
         """Log weights of the rays ``ids`` (all by default), and the constant of their log mean."""
         chosen = slice(None) if ids is None else ids
-        weights, constant = log_weights(
-            measure, dim, self.log_radii[chosen], self.shift[chosen]
-        )
+        weights, constant = log_weights(measure, dim, self.log_radii[chosen], self.shift[chosen])
         return weights + self.log_offset[chosen], constant
 
     @classmethod

@@ -17,7 +17,8 @@ _LEADERS = 64
 _LEADER_SHARE_TIMES_N = 10.0
 _LEADING_WEIGHT = 0.99
 _SPOT_CHECK_COST = 0.10
-_SPOT_CHECKS_LEAST = 64
+_LEAST_CHECKS = 8
+_CHECKED_OF = 16
 _AUDIT_COST = 0.10
 
 
@@ -31,7 +32,7 @@ def audit(
 ) -> None:
     """Scans the rays that carry the weight, and a random few, for an earlier crossing.
 
-    Always the 64 largest and every ray with ten times the mean weight, re-ranked until all of them
+    Always the 64 largest (of fewer than 1,024 rays a sixteenth, at least 8), as many at random, and every ray with ten times the mean weight, re-ranked until all of them
     are audited; then, from the largest down, the rest of 99 % of the weight, as far as a tenth of
     the search's evaluations goes. Where no ray stands out, no single radius can matter, and the
     random few bound what the others might do.
@@ -39,7 +40,8 @@ def audit(
     n = rays.n
     generator = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, n])
     affordable = int(_SPOT_CHECK_COST * search_loss / (SCAN_POINTS + 1))
-    spot_checks = min(n, max(_SPOT_CHECKS_LEAST, affordable))
+    least = min(n, max(_LEAST_CHECKS, min(_LEADERS, n // _CHECKED_OF)))
+    spot_checks = min(n, max(least, affordable))
     sample = np.sort(generator.choice(n, size=spot_checks, replace=False))
     before = _weights(problem, rays)
     for ids in np.array_split(sample, max(1, len(sample) // problem.plan.block)):
@@ -59,7 +61,7 @@ def audit(
         if total == 0:
             break
         share /= total
-        must = np.arange(n) < _LEADERS
+        must = np.arange(n) < least
         must |= share > _LEADER_SHARE_TIMES_N / n
         todo = order[must & ~rays.audited[order]]
         if not len(todo):
@@ -88,6 +90,7 @@ def audit(
             scale = int(unaudited.sum()) / kept
             rays.reentrant_share = float(excess.mean()) * scale
             rays.reentrant_error = float(excess.std()) / math.sqrt(len(alike)) * scale
+
 
 def _weights(problem: Problem, rays: Rays) -> Float:
     weights, _ = rays.log_weights(problem.measure, problem.dim)

@@ -125,14 +125,23 @@ class Laboratory:
         )
 
 
-def laboratory(problem: Problem, engine: GeneralEngine, threshold: float) -> Laboratory:
-    """The problem with its isotropic pilot, its budget, and whether there are gradients."""
+def laboratory(
+    problem: Problem, engine: GeneralEngine, threshold: float, *, frugal: bool = False
+) -> Laboratory:
+    """The problem with its budget, its isotropic pilot, and whether there are gradients.
+
+    Args:
+        problem, engine, threshold: of the run.
+        frugal: without that pilot, and with no limit to the budget.
+    """
     source = pilot_source(problem, engine)
-    pilot = make_pilot(problem, source, threshold)
+    pilot = None if frugal else make_pilot(problem, source, threshold)
     trouble = has_gradients(problem, engine, source)
-    budget = Budget(problem.n * source.price, n_loss=source.n_loss, n_grad=0 if trouble else 1)
+    total = math.inf if frugal else problem.n * source.price
+    budget = Budget(total, n_loss=source.n_loss, n_grad=0 if trouble else 1)
     lab = Laboratory(problem, engine, threshold, budget, no_gradients=trouble)
-    lab.pilots[id(None)] = pilot
+    if pilot is not None:
+        lab.pilots[id(None)] = pilot
     return lab
 
 
@@ -192,7 +201,8 @@ def run_paths(
 
     short = one(law, chains, _SHORT_LENGTH, 0, max(budget.left, 0.5 * budget.total))
     bar.update(1)
-    price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * short.length)
+    # The first state of a chain on a level is its ancestor's, and costs nothing.
+    price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * (short.length - 1))
     replicates = problem.replicates
     states = max(budget.left, 0.0) / (replicates + _SHORT_SHARE) / price
     chains, length = chains_for(problem, states)
@@ -243,9 +253,7 @@ def run_paths(
         n_grad=budget.n_grad,
         seconds=now - problem.began,
         reentrant=reentrant,
-        log_constant_error=max(
-            0.0 if each is None else each.log_constant_error for each in laws
-        ),
+        log_constant_error=max(0.0 if each is None else each.log_constant_error for each in laws),
         remarks=remarks,
     )
 
@@ -287,4 +295,3 @@ def has_gradients(problem: Problem, engine: GeneralEngine, source: RayLoss) -> s
     if not bool((gradient != 0).any()):
         return "it is zero"
     return ""
-

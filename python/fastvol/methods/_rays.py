@@ -58,9 +58,7 @@ def run_threshold(
             scan(problem, loss, pilot, threshold, rays, ids)
         weights, constant = rays.log_weights(problem.measure, problem.dim, ids)
         running.update(weights)
-        log_volume = (
-            running.log_mean + constant + constant_of_law - 0.5 * problem.offset_squared
-        )
+        log_volume = running.log_mean + constant + constant_of_law - 0.5 * problem.offset_squared
         bar.set_postfix_str(f"{log_volume:.4g} ± {running.stderr:.2g} nats", refresh=False)
         bar.update(len(ids))
         for callback in problem.callbacks:

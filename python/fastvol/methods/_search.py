@@ -67,9 +67,7 @@ class RayLoss:
         began = time.perf_counter()
         problem, ids = self._problem, self.ids[items]
         if self.proposal is None:
-            rays = Indexed(
-                problem.seed, ids, stream=self._stream, antithetic=problem.antithetic
-            )
+            rays = Indexed(problem.seed, ids, stream=self._stream, antithetic=problem.antithetic)
             info = self._engine.load(lanes, rays)
             self.shift[items] = info.dot / info.norm
         else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._problem import Problem
+from .._proposal import Proposal
 from ..result import VolumeEstimate
 from ._laws import auto_law, given_law
 from ._paths import laboratory
@@ -26,9 +27,12 @@ def run(problem: Problem) -> list[VolumeEstimate]:
 
 def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
     engine = problem.engine()
-    lab = laboratory(problem, engine, threshold)
+    spec = problem.preconditioner
+    automatic = _is(spec, "auto")
+    lab = laboratory(problem, engine, threshold, frugal=not (automatic or _is(spec, "boundary")))
     notes: tuple[str, ...] = ()
-    if isinstance(problem.preconditioner, str) and problem.preconditioner == "auto":
+    law: Proposal | None
+    if automatic:
         law, tried = auto_law(lab)
         if law is None:
             notes = (
@@ -49,3 +53,8 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
         n_grad=lab.budget.n_grad,
         notes=notes,
     )
+
+
+def _is(spec: Any, name: str) -> bool:
+    # A tensor or an array would compare entry by entry.
+    return isinstance(spec, str) and spec == name

@@ -83,7 +83,7 @@ class Bridge:
         return log_mixture, np.exp(terms - log_mixture)
 
     def _divide(self, shares: Float, right: Float) -> Float:
-        """J⁻¹ times some columns, J the derivative of the equations in f_1, f_2, …"""
+        """J⁻¹ times some columns, J the derivative of the equations in f_1, f_2 and so on."""
         j = np.diag(shares.sum(axis=1)) - shares @ shares.T
         # Levels that do not overlap leave J singular; their error is then found large.
         ridge = 1e-12 * float(np.trace(j)) / len(j)
@@ -136,9 +136,7 @@ class Bridge:
     def _error(self, influence: Float) -> float:
         sums = np.bincount(self._cluster, weights=influence, minlength=self.n_clusters)
         count = self._clusters_of[self._cluster_level]
-        level_sum = np.bincount(
-            self._cluster_level, weights=sums, minlength=len(self._clusters_of)
-        )
+        level_sum = np.bincount(self._cluster_level, weights=sums, minlength=len(self._clusters_of))
         deviation = sums - level_sum[self._cluster_level] / count
         usable = count > 1
         if not usable.all():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,9 +84,8 @@ class Population:
     def take(self, rows: Int) -> Population:
         """The rows ``rows``, copied."""
         index = torch.from_numpy(np.ascontiguousarray(rows)).to(self.units.device)
-        return Population(
-            self.units[index], *(array[rows] for array in self._arrays())
-        )
+        columns: Any = (array[rows] for array in self._arrays())
+        return Population(self.units[index], *columns)
 
     def put(self, rows: Int, other: Population) -> None:
         """Overwrites the rows ``rows``."""
@@ -97,15 +97,13 @@ class Population:
     @classmethod
     def join(cls, parts: Sequence[Population]) -> Population:
         """All rows, in order."""
-        columns = zip(*(part._arrays() for part in parts), strict=True)
-        return cls(
-            torch.cat([part.units for part in parts]), *(np.concatenate(c) for c in columns)
-        )
+        columns: Any = map(np.concatenate, zip(*(part._arrays() for part in parts), strict=True))
+        return cls(torch.cat([part.units for part in parts]), *columns)
 
-    def _arrays(self) -> tuple[npt.NDArray[np.float64], ...]:
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
         return (
             self.log_radii,
-            self.status,  # type: ignore[return-value]
+            self.status,
             self.shift,
             self.log_norm,
             self.log_offset,
@@ -193,9 +191,7 @@ class RayField:
             start = np.full(count, self.pilot.start_log_radius)
         options = dict(self._options)
         if count and math.isfinite(cap):
-            options["log_cap"] = min(
-                self.pilot.log_cap + 30.0, cap - float(rows.log_norm.min())
-            )
+            options["log_cap"] = min(self.pilot.log_cap + 30.0, cap - float(rows.log_norm.min()))
         self._items = rows.v
         log_rho, status = self.problem.backend.search(self, start, mode="search", **options)[:2]
         log_radii = log_rho + rows.log_norm
@@ -255,9 +251,7 @@ class RayField:
         log_scale: float,
     ) -> Float:
         """log W, nats ``[k]``, under the cap or width ``log_scale``."""
-        return log_weight(
-            self.problem.measure, self.dim, log_radii, shift, log_offset, log_scale
-        )
+        return log_weight(self.problem.measure, self.dim, log_radii, shift, log_offset, log_scale)
 
     def log_density(self, population: Population, level: Level) -> Float:
         """β log W of a level, nats ``[k]``; 0 on the first."""
@@ -306,7 +300,7 @@ class RayField:
         _, gradients = self._engine.loss_and_grad(np.exp(log_multiples), lanes)
         self.n_grad += len(units)
         if self.proposal is not None:
-            gradients = self.proposal.preconditioner.rmatvec(gradients)
+            return self.proposal.preconditioner.rmatvec(gradients)
         return gradients
 
     def force(
@@ -435,9 +429,7 @@ def log_weight(
     """
     if isinstance(measure, Lebesgue):
         return dim * np.minimum(log_radii, log_scale) - math.log(dim) + log_offset
-    weights, _ = log_weights(
-        measure, dim, log_radii - log_scale, shift * math.exp(-log_scale)
-    )
+    weights, _ = log_weights(measure, dim, log_radii - log_scale, shift * math.exp(-log_scale))
     return weights + log_offset
 
 

@@ -62,7 +62,7 @@ def learn(
         points, normals = boundary(field, count, stream + round_number)
         charge(field)
         previous = None if best is None else best.preconditioner
-        before, gained = best_sd, False
+        gained = False
         for power in _POWERS:
             try:
                 learned = from_boundary(points, normals, power=power, previous=previous)
