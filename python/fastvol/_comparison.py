@@ -185,6 +185,10 @@ def compare(a: VolumeEstimate, b: VolumeEstimate) -> Comparison:
     if kind == "lebesgue" and not _same(*metrics):
         raise ValueError(f"b has metric {metrics[1]!r}, a has {metrics[0]!r}")
 
+    if not (_isotropic(a) and _isotropic(b)):
+        if _same_run(a, b):
+            return _tie(a, kind)
+        return _compare_profiles(a, b, kind)
     same = _same_directions(a, b)
     common = min(a.n, b.n) if same else None
     if common is not None and a.paired and a.n != b.n:
@@ -221,6 +225,73 @@ def compare(a: VolumeEstimate, b: VolumeEstimate) -> Comparison:
         log_radial_gaussian=formulas().log_radial_gaussian,
         warnings=tuple(warnings),
     )
+
+
+def _isotropic(result: VolumeEstimate) -> bool:
+    """Whether the estimate is one of independent isotropic rays."""
+    return "preconditioner" not in result.config and result.config["method"] == "radial"
+
+
+def _reach(result: VolumeEstimate) -> float:
+    """The largest R, or multiple of std up to 1, that is reliable; for a Gaussian off its centre
+    1 or 0: a narrower law there is another question.
+    """
+    if result.reliable:
+        return result.measure.max_radius if isinstance(result.measure, Lebesgue) else 1.0
+    if isinstance(result.measure, Lebesgue):
+        return result.reliable_radius
+    return 0.0 if result._offset_squared > 0 else min(result.reliable_radius, 1.0)
+
+
+def _tie(a: VolumeEstimate, kind: str) -> Comparison:
+    """A run beside itself."""
+    reach = _reach(a)
+    known = reach > 0
+    nan = math.nan
+    return Comparison(
+        kind=kind,
+        radius=reach if known else nan,
+        log_ratio=0.0 if known else nan,
+        stderr=0.0 if known else nan,
+        probability=0.5 if known else nan,
+        paired=True,
+        reliable=known,
+        n_units=max(int(a.ess), 1),
+    )
+
+
+def _compare_profiles(a: VolumeEstimate, b: VolumeEstimate, kind: str) -> Comparison:
+    """The difference of the profiles at the largest R that is reliable in both."""
+    radius = min(_reach(a), _reach(b))
+    n_units = max(int(min(a.ess, b.ess)), 1)
+    if radius <= 0:
+        nan = math.nan
+        return Comparison(kind, nan, nan, nan, nan, False, False, n_units)
+    whole = kind == "lebesgue" and math.isinf(radius)
+    values = []
+    for result in (a, b):
+        if whole or (kind == "gaussian" and radius == 1):
+            values.append((result.log_volume_metric, result.stderr))
+        else:
+            at = result.profile([radius])
+            values.append((float(at.log_fraction[0]), float(at.stderr[0])))
+    warnings: tuple[str, ...] = ()
+    if kind == "gaussian" and radius < 1:
+        warnings = (f"at the given std one of the two is not reliable; see {radius:.4g}",)
+    stderr = math.hypot(values[0][1], values[1][1])
+    comparison = Comparison(
+        kind=kind,
+        radius=radius,
+        log_ratio=values[0][0] - values[1][0],
+        stderr=stderr,
+        probability=0.5,
+        paired=False,
+        reliable=True,
+        n_units=n_units,
+        warnings=warnings,
+        _sampling=stderr,
+    )
+    return replace(comparison, probability=_probability(comparison))
 
 
 def compare_arrays(

@@ -408,7 +408,7 @@ class PathEstimate(VolumeEstimate):
             "n_loss": self.n_loss,
             "n_grad": self.n_grad,
             "seconds": self.seconds,
-            "remarks": list(self.config.get("remarks", [])),
+            "log_constant_error": self._log_constant_error,
             "n_main": len(self._runs),
             "runs": [_describe_run(run) for run in runs],
         }
@@ -457,11 +457,9 @@ def combined_at(
 
 
 def mixing_trouble(runs: Sequence[Run]) -> list[str]:
-    """Plain sentences about runs that did not arrive, or whose moves collapsed."""
+    """Plain sentences about moves that collapsed."""
     troubles = []
     for run in runs:
-        if run.stopped:
-            troubles.append(f"a run ended before the path did: {run.stopped}")
         told = [report for report in run.reports if report]
         steps = [report["step_size"] for report in told if "step_size" in report]
         if steps and min(steps) < _COLLAPSED:
@@ -495,7 +493,6 @@ def assemble_paths(
     seconds: float,
     reentrant: tuple[float, float] = (0.0, 0.0),
     log_constant_error: float = 0.0,
-    remarks: Sequence[str] = (),
 ) -> PathEstimate:
     """The estimate that some runs give.
 
@@ -506,7 +503,6 @@ def assemble_paths(
         reentrant: share of the last level's states, checked at random, whose ray leaves the basin
             and re-enters it, and its standard error.
         log_constant_error: of the laws' log determinants, nats.
-        remarks: further warnings.
     """
     lebesgue = isinstance(measure, Lebesgue)
     everything = [*runs] + ([] if short is None else [short])
@@ -526,6 +522,9 @@ def assemble_paths(
     metric_volume = log_mean + constant - 0.5 * offset_squared
 
     trouble = mixing_trouble(runs)
+    trouble += [
+        f"a run ended before the path did: {run.stopped}" for run in runs if not run.finished
+    ]
     notes = combined.reasons() + trouble
     unbounded = _unbounded_share(runs, bridges, measure, dim, scale)
     reliable = combined.reliable and not trouble and stderr <= _MOST_ERROR
@@ -539,12 +538,12 @@ def assemble_paths(
         )
     if share > 0:
         notes.append(
-            f"{share:.1%} of the last level's rays leave the basin and re-enter it; the estimate is "
-            "reduced by as much"
+            f"{share:.1%} of the last level's weight lies on rays that leave the basin and re-enter "
+            "it, and is taken off"
         )
         if share > 0.5:
             reliable = False
-    notes.extend(remarks)
+    notes.extend(provenance.get("remarks", ()))
     log_radii = np.concatenate([run.log_radii for run in runs])
     status = np.concatenate([run.status for run in runs])
     counts = np.bincount(status, minlength=4)
@@ -573,7 +572,7 @@ def assemble_paths(
         seconds=seconds,
         seeds=seeds,
         measure=measure,
-        config={**config, "remarks": list(remarks)},
+        config=dict(config),
         plan=dict(plan),
         provenance=dict(provenance),
         statistics=_summary(combined, log_mean, extra, reliable, notes),
@@ -685,6 +684,6 @@ def load_paths(
         offset_squared=header["offset_squared"],
         seeds=tuple(header["seeds"]),
         reentrant=tuple(header["reentrant"]),
-        remarks=header["remarks"],
+        log_constant_error=header["log_constant_error"],
         **{name: header[name] for name in kept},
     )

@@ -598,7 +598,6 @@ def assemble(
     seconds: float,
     log_constant: float = 0.0,
     log_constant_error: float = 0.0,
-    notes: tuple[str, ...] = (),
 ) -> VolumeEstimate:
     """The estimate that some rays give.
 
@@ -608,9 +607,9 @@ def assemble(
         dim: d.
         log_abs_scale: Σ log s of the metric.
         offset_squared: ‖μ‖² of an off-centre normal law.
-        seeds, config, plan, provenance, n_loss, n_grad, seconds: as in the result.
+        seeds, config, plan, provenance, n_loss, n_grad, seconds: as in the result; what
+            ``provenance["remarks"]`` says is among the warnings.
         log_constant, log_constant_error: of the law of the directions, nats.
-        notes: further warnings.
     """
     capped = isinstance(measure, Gaussian) or math.isfinite(measure.max_radius)
     weights, constant = rays.log_weights(measure, dim)
@@ -640,7 +639,7 @@ def assemble(
     checked = rays.sampled if rays.sampled.any() else rays.audited
     reentrant_fraction = float(rays.reentrant[checked].mean()) if checked.any() else 0.0
 
-    remarks = [*statistics.reasons, *notes]
+    remarks = [*statistics.reasons, *provenance.get("remarks", ())]
     reliable = statistics.reliable
     if n_unbounded and not capped:
         reliable = False

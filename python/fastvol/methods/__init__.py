@@ -12,7 +12,7 @@ Method = Callable[[Problem], list[VolumeEstimate]]
 
 # Name to module; the module's ``run`` is the method. "auto" takes the cheapest that there is.
 _METHODS = {
-    "auto": ".radial",
+    "auto": ".auto",
     "radial": ".radial",
     "preconditioned": ".preconditioned",
     "annealed": ".annealed",

@@ -32,10 +32,11 @@ def audit(
 ) -> None:
     """Scans the rays that carry the weight, and a random few, for an earlier crossing.
 
-    Always the 64 largest (of fewer than 1,024 rays a sixteenth, at least 8), as many at random, and every ray with ten times the mean weight, re-ranked until all of them
-    are audited; then, from the largest down, the rest of 99 % of the weight, as far as a tenth of
-    the search's evaluations goes. Where no ray stands out, no single radius can matter, and the
-    random few bound what the others might do.
+    Always the 64 largest (of fewer than 1,024 rays a sixteenth, at least 8), as many at random, and
+    every ray with ten times the mean weight, re-ranked until all of them are audited; then, from
+    the largest down, the rest of 99 % of the weight, as far as a tenth of the search's evaluations
+    goes. Where no ray stands out, no single radius can matter, and the random few bound what the
+    others might do.
     """
     n = rays.n
     generator = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, n])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,14 +85,12 @@ class Laboratory:
     Args:
         problem, engine, threshold: of the run.
         budget: what may be spent.
-        no_gradients: why the loss cannot be differentiated; empty where it can.
     """
 
     problem: Problem
     engine: GeneralEngine
     threshold: float
     budget: Budget
-    no_gradients: str = ""
     pilots: dict[int, tuple[Pilot, Rays]] = field(default_factory=dict)
     _kept: list[Proposal | None] = field(default_factory=list)
 
@@ -105,6 +104,14 @@ class Laboratory:
             # Known by identity, so it must not go away.
             self._kept.append(law)
         return self.pilots[key]
+
+    @cached_property
+    def no_gradients(self) -> str:
+        """Why the loss cannot be differentiated; empty where it can."""
+        source = pilot_source(self.problem, self.engine)
+        trouble = has_gradients(self.problem, self.engine, source)
+        self.budget.add(0, 0 if trouble else 1)
+        return trouble
 
     def open(self, law: Proposal | None, chains: int) -> RayField:
         """The rays of a law."""
@@ -128,7 +135,7 @@ class Laboratory:
 def laboratory(
     problem: Problem, engine: GeneralEngine, threshold: float, *, frugal: bool = False
 ) -> Laboratory:
-    """The problem with its budget, its isotropic pilot, and whether there are gradients.
+    """The problem with its budget and its isotropic pilot.
 
     Args:
         problem, engine, threshold: of the run.
@@ -136,10 +143,8 @@ def laboratory(
     """
     source = pilot_source(problem, engine)
     pilot = None if frugal else make_pilot(problem, source, threshold)
-    trouble = has_gradients(problem, engine, source)
     total = math.inf if frugal else problem.n * source.price
-    budget = Budget(total, n_loss=source.n_loss, n_grad=0 if trouble else 1)
-    lab = Laboratory(problem, engine, threshold, budget, no_gradients=trouble)
+    lab = Laboratory(problem, engine, threshold, Budget(total, n_loss=source.n_loss))
     if pilot is not None:
         lab.pilots[id(None)] = pilot
     return lab
@@ -235,7 +240,7 @@ def run_paths(
         "preconditioner": [None if each is None else each.describe() for each in laws],
         "replicates": replicates,
     }
-    provenance = {**problem.provenance, "run_seconds": now - began}
+    provenance = {**problem.provenance, "run_seconds": now - began, "remarks": remarks}
     for run in (short, *runs):
         run.final = None
     return assemble_paths(

@@ -92,6 +92,7 @@ def run_threshold(
         **problem.provenance,
         "engine_seconds": pilot_loss.seconds + loss.seconds,
         "run_seconds": now - began,
+        "remarks": list(notes),
     }
     return assemble(
         rays,
@@ -108,5 +109,4 @@ def run_threshold(
         n_loss=n_loss + pilot_loss.n_loss + loss.n_loss,
         n_grad=n_grad,
         seconds=now - problem.began,
-        notes=notes,
     )

@@ -37,17 +37,26 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
     return anneal(lab, bar)
 
 
-def anneal(lab: Laboratory, bar: Any) -> VolumeEstimate:
-    """The estimate by annealing, within the laboratory's budget."""
+def anneal(
+    lab: Laboratory, bar: Any, start: Proposal | None = None, remarks: tuple[str, ...] = ()
+) -> VolumeEstimate:
+    """The estimate by annealing, within the laboratory's budget.
+
+    Args:
+        lab: problem and budget.
+        bar: progress, in runs.
+        start: the law of the directions to begin with, where the call names none.
+        remarks: further warnings.
+    """
     problem, trouble = lab.problem, lab.no_gradients
-    remarks = []
+    notes = list(remarks)
     if trouble:
-        remarks.append(
+        notes.append(
             f"the loss has no gradient to go by ({trouble}): moves are great-circle slices, about "
             "ten times as expensive"
         )
-        warnings.warn(f"loss_fn: {remarks[-1]}", FastvolWarning, stacklevel=5)
-    start = given_law(lab)
+        warnings.warn(f"loss_fn: {notes[-1]}", FastvolWarning, stacklevel=5)
+    start = start or given_law(lab)
     law = start if problem.preconditioner is None else lab.improve(start, 32, 0)
     rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, 29])
 
@@ -70,6 +79,6 @@ def anneal(lab: Laboratory, bar: Any) -> VolumeEstimate:
         make_move,
         method="annealed",
         other_law=other_law,
-        remarks=remarks,
+        remarks=notes,
         bar=bar,
     )

@@ -8,6 +8,8 @@ fall with d; where its step collapses, gradients take over if there are any.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -36,8 +38,14 @@ def run(problem: Problem) -> list[VolumeEstimate]:
         ]
 
 
-def split(lab: Laboratory, bar: object) -> VolumeEstimate:
-    """The estimate by splitting, within the laboratory's budget."""
+def split(lab: Laboratory, bar: Any, remarks: tuple[str, ...] = ()) -> VolumeEstimate:
+    """The estimate by splitting, within the laboratory's budget.
+
+    Args:
+        lab: problem and budget.
+        bar: progress, in runs.
+        remarks: further warnings.
+    """
     problem = lab.problem
     law = given_law(lab)
 
@@ -58,6 +66,6 @@ def split(lab: Laboratory, bar: object) -> VolumeEstimate:
         make_move,
         method="splitting",
         other_law=same_law,
-        remarks=[],
+        remarks=list(remarks),
         bar=bar,
     )

@@ -297,7 +297,7 @@ class RayField:
         """Pᵀ∇L at some multiples of v, ``[k, d]``; ∇ with respect to metric coordinates."""
         rows, lanes = self.directions(units), np.arange(len(units))
         self._engine.load(lanes, Dense(rows.v))
-        _, gradients = self._engine.loss_and_grad(np.exp(log_multiples), lanes)
+        gradients: Tensor = self._engine.loss_and_grad(np.exp(log_multiples), lanes)[1]
         self.n_grad += len(units)
         if self.proposal is not None:
             return self.proposal.preconditioner.rmatvec(gradients)

@@ -1,0 +1,111 @@
+"""The cheapest method that a pilot expects to pass the gate within the budget, else the best bound.
+
+The pilot's spread of log weights decides. Even weights need no more than isotropic rays; weights
+that some law of directions makes even need that law; all others need annealing, or splitting where
+there is no gradient, if n pays for it. Where nothing is expected to pass, plain rays give a bound
+and the profile as far as they reach.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .._problem import Problem
+from .._proposal import Proposal
+from ..measures import Lebesgue
+from ..result import VolumeEstimate
+from ._laws import auto_law, given_law
+from ._paths import Laboratory, laboratory
+from ._rays import run_threshold
+from .annealed import anneal
+from .splitting import split
+
+# Standard deviation of log weights up to which plain averages pass the gate: at 1.8 the Pareto
+# shape of an ellipsoid's weights is 0.2, at 3.7 it is 0.8.
+_EVEN = 1.8
+# What annealing costs at the least, in losses, for each nat of that deviation.
+_LOSSES_A_NAT = 15_000
+_LOSSES_A_NAT_WITHOUT_GRADIENT = 60_000
+
+
+def run(problem: Problem) -> list[VolumeEstimate]:
+    """One estimate per threshold, each by the method that suits it."""
+    with problem.bar() as bar:
+        return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
+
+
+def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
+    lab = laboratory(problem, problem.engine(), threshold)
+    sd = lab.pilot(None)[0].log_weight_sd
+    asked = not (problem.preconditioner is None or _automatic(problem))
+    if sd <= _EVEN and not asked:
+        return _rays(lab, bar, None)
+
+    law: Proposal | None
+    tried: list[str]
+    if asked:
+        law = given_law(lab)
+        tried = [f"none {sd:.3g}", f"given {lab.pilot(law)[0].log_weight_sd:.3g}"]
+    elif problem.preconditioner is None or lab.budget.total < _LOSSES_A_NAT:
+        law, tried = None, [f"none {sd:.3g}"]
+    else:
+        law, tried = auto_law(lab)
+    best_sd = lab.pilot(law)[0].log_weight_sd
+    found = f"standard deviation of the pilot's log weights, nats: {', '.join(tried)}"
+    if best_sd <= _EVEN:
+        return _rays(lab, bar, law)
+    price = _LOSSES_A_NAT_WITHOUT_GRADIENT if lab.no_gradients else _LOSSES_A_NAT
+    needed = price * best_sd
+    if lab.budget.total >= needed:
+        if not lab.no_gradients:
+            return anneal(lab, _Runs(bar, problem), law, (f"annealed ({found})",))
+        if _has_ladder(problem):
+            return split(lab, _Runs(bar, problem), (f"splitting, without gradients ({found})",))
+        return anneal(lab, _Runs(bar, problem), law, (f"annealed ({found})",))
+    if not math.isfinite(needed):
+        note = f"no method beyond plain rays was tried ({found})"
+    else:
+        n = problem.n * needed / lab.budget.total
+        note = f"annealing was not tried, since it would need n of about {n:.1g} ({found})"
+    return _rays(lab, bar, law if asked else None, (note,))
+
+
+def _rays(
+    lab: Laboratory, bar: Any, law: Proposal | None, notes: tuple[str, ...] = ()
+) -> VolumeEstimate:
+    return run_threshold(
+        lab.problem,
+        lab.engine,
+        lab.threshold,
+        bar,
+        method="radial" if law is None else "preconditioned",
+        proposal=law,
+        pilot=lab.pilot(law)[0],
+        n_loss=lab.budget.n_loss,
+        n_grad=lab.budget.n_grad,
+        notes=notes,
+    )
+
+
+def _has_ladder(problem: Problem) -> bool:
+    """Whether there is a cap, or a width, to build a ladder to."""
+    if isinstance(problem.measure, Lebesgue):
+        return math.isfinite(problem.measure.max_radius)
+    return problem.offset is None
+
+
+def _automatic(problem: Problem) -> bool:
+    return isinstance(problem.preconditioner, str) and problem.preconditioner == "auto"
+
+
+class _Runs:
+    """A bar that counts directions, told of runs."""
+
+    def __init__(self, bar: Any, problem: Problem) -> None:
+        self._bar = bar
+        self._share = problem.n / (1 + problem.replicates)
+
+    def update(self, runs: int) -> None:
+        """Moves on by some runs."""
+        self._bar.update(int(runs * self._share))
