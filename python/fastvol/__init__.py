@@ -6,11 +6,13 @@ network's parameters, and says how far the number can be trusted.
 
 from __future__ import annotations
 
-from . import losses
+from . import losses, preconditioners
 from ._comparison import Comparison, compare
 from ._estimate import estimate
+from ._path_estimate import PathEstimate
 from ._problem import Progress
 from ._profile import Profile
+from ._symmetry import SymmetryLogCount, symmetry_log_count
 from ._version import __version__
 from .errors import FastvolError, FastvolWarning, NotAvailableError
 from .measures import Gaussian, Lebesgue
@@ -27,12 +29,16 @@ __all__ = [
     "Gaussian",
     "Lebesgue",
     "NotAvailableError",
+    "PathEstimate",
     "Profile",
     "Progress",
+    "SymmetryLogCount",
     "VolumeEstimate",
     "__version__",
     "compare",
     "estimate",
     "load",
     "losses",
+    "preconditioners",
+    "symmetry_log_count",
 ]

@@ -96,9 +96,13 @@ def estimate(  # type: ignore[misc]
 
     .. math:: \log V = \log V_d(1) + \log E[r(u)^d],
 
-    and under a normal law the mean of its radial integrals (see :class:`Gaussian`). The estimate is
-    unbiased before the logarithm, but in many dimensions nearly all of E[r^d] is carried by
-    directions that are never drawn: where ``result.reliable`` is false the number is a lower bound,
+    and under a normal law the mean of its radial integrals (see :class:`Gaussian`). In many
+    dimensions nearly all of E[r^d] is carried by directions that are never drawn. Four methods draw
+    them: ``"radial"`` isotropically; ``"preconditioned"`` along P u, counted with their density;
+    ``"annealed"`` by chains from W^0 to W^1, W the radial integral (waste-free tempering, Dau &
+    Chopin 2022, with geodesic Hamiltonian moves); ``"splitting"`` by a ladder of balls (Au & Beck
+    2001, with Crank–Nicolson moves), for any d and without gradients. ``"auto"`` takes the cheapest
+    that a pilot expects to pass. Where ``result.reliable`` is false the number is a lower bound,
     and ``result.profile()`` tells the volume up to the radius where it can be trusted.
 
     Args:
@@ -107,7 +111,9 @@ def estimate(  # type: ignore[misc]
             exception. ``torch.compile`` and DDP wrappers are looked through.
         loss_fn: ``loss_fn(model) -> scalar`` without ``data``; with it
             ``loss_fn(output, target) -> scalar``, the mean over the batch.
-        n: number of directions, a whole number (``1e6`` is one).
+        n: number of directions, a whole number (``1e6`` is one). For ``"annealed"`` and
+            ``"splitting"`` the budget is what n plain directions would cost, a gradient counting as
+            three losses.
         data: ``(inputs, targets)``, or an iterable of such batches that can be read again and
             again in the same order. ``inputs`` may be a tensor, a tuple of arguments, or a dict of
             keyword arguments. Batches are weighted by examples, or by tokens where PyTorch's own
@@ -118,14 +124,22 @@ def estimate(  # type: ignore[misc]
         metric: coordinates in which length and volume are measured: ``"euclidean"``, ``"filter"``,
             a :class:`FilterMetric`, or positive scales (a mapping by parameter name, or a tensor).
         measure: :class:`Lebesgue` or :class:`Gaussian`.
-        method: ``"auto"`` or ``"radial"``.
-        preconditioner: ``"auto"`` or ``None``.
+        method: ``"auto"``, ``"radial"``, ``"preconditioned"``, ``"annealed"`` or ``"splitting"``.
+        preconditioner: P, in metric coordinates (for a Gaussian measure in units of its std): it
+            changes how many rays it takes, never the answer. ``"hessian"``, ``"ggn"`` (with
+            ``data``), ``"lowrank"``, ``"diagonal"``: (I + s·H)^(−1/2) with s chosen by a pilot;
+            ``"boundary"``: learned from where rays end and how the loss rises there; an optimizer
+            that keeps second moments (Adam); a diagonal ``[d]``, a mapping by parameter name, a
+            matrix ``[d, d]``, or an operator with ``matvec``, ``rmatvec`` and ``logabsdet``.
+            ``"auto"`` lets a pilot choose; ``None`` is isotropic. ``"annealed"`` starts from it and
+            learns on.
         parameters: which parameters move: names, shell-style patterns, or a predicate
             ``(name, parameter) -> bool``. All that require gradients by default.
         rtol: relative tolerance of a radius; ``"auto"`` lets a pilot of 32 directions choose, so
             that it costs at most 0.02 nats or what the loss's rounding allows.
         seed: which directions; 0 ≤ seed < 2⁶⁴.
-        replicates: independent repeats, for methods that need them.
+        replicates: independent runs of ``"annealed"`` and ``"splitting"``, whose spread is part of
+            the error.
         antithetic: whether directions 2i and 2i+1 are ± one vector. ``"auto"`` is ``False``.
         noise: ``"full"``.
         first_crossing: scan every ray for a crossing before the one found, instead of the rays that
@@ -137,10 +151,12 @@ def estimate(  # type: ignore[misc]
         plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
         checkpoint, on_interrupt: not part of this version beyond ``None`` and ``"raise"``.
         progress: show a progress bar on a terminal.
-        callbacks: each is called with a :class:`Progress` after every block of 1,024 directions.
+        callbacks: each is called with a :class:`Progress` after every block of 1,024 directions of
+            independent rays.
 
     Returns:
-        A :class:`VolumeEstimate`; a list of them for a sequence of thresholds or increases.
+        A :class:`VolumeEstimate` (from chains a :class:`PathEstimate`); a list of them for a
+        sequence of thresholds or increases.
 
     Raises:
         TypeError, ValueError: an argument, named in the message, is not usable: also a loss at θ*

@@ -177,6 +177,16 @@ class PathEstimate(VolumeEstimate):
     _combined: Combined | None = None
     _extra_error: float = 0.0
 
+    @property
+    def by_chains(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def paired(self) -> bool:
+        """False: chains do not come in pairs."""
+        return False
+
     @cached_property
     def _bridges(self) -> list[Bridge]:
         runs = [*self._runs] + ([] if self._short is None else [self._short])
@@ -538,8 +548,8 @@ def assemble_paths(
         )
     if share > 0:
         notes.append(
-            f"{share:.1%} of the last level's weight lies on rays that leave the basin and re-enter "
-            "it, and is taken off"
+            f"{share:.1%} of the last level's weight lies beyond the first crossing of rays that "
+            "leave the basin and re-enter it, and is taken off"
         )
         if share > 0.5:
             reliable = False

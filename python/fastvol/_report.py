@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 def one_line(result: VolumeEstimate) -> str:
     """The quantity, its error, and whether it is only a bound."""
-    relation = "=" if result.reliable else ">="
+    value, relation = result.log_volume, "=" if result.reliable else ">="
     error = f" ± {result.stderr:.3g}" if result.reliable else ""
     trust = "reliable" if result.reliable else "NOT reliable: a lower bound"
+    if result.by_chains and not result.reliable:
+        value, trust = result.lower_bound(), "NOT reliable: a lower bound, at 95 % confidence"
     return (
-        f"VolumeEstimate({_quantity(result)} {relation} {result.log_volume:.6g}{error} nats, "
+        f"{type(result).__name__}({_quantity(result)} {relation} {value:.6g}{error} nats, "
         f"d={result.dim}, n={result.n}, {trust})"
     )
 
@@ -31,6 +33,15 @@ def summary(result: VolumeEstimate) -> str:
         lines.append(
             f"{name} = {result.log_volume:.6g} ± {result.stderr:.2g} nats "
             f"(95 % interval {low:.6g} to {high:.6g})"
+        )
+    elif result.by_chains:
+        lines.append(
+            f"{name} is above {result.lower_bound():.6g} nats with 95 % confidence: a lower bound, "
+            "not the value"
+        )
+        lines.append(
+            f"the chains themselves say {result.log_volume:.6g} ± {result.stderr:.2g} nats, which "
+            "cannot be relied on; where they mix too little the true value is larger"
         )
     else:
         lines.append(
@@ -50,16 +61,21 @@ def summary(result: VolumeEstimate) -> str:
             f"{result.log_volume_metric:.6g} nats, log mean power {result.log_mean_power:.6g}"
         )
     lines.append(_reach(result))
+    counted = "states of chains" if result.by_chains else "directions"
     lines.append(
-        f"d = {result.dim}, n = {result.n} directions, effective sample size {result.ess:.4g}, "
-        f"loss {result.config['loss0']:.4g} at the minimum, threshold "
-        f"{result.config['threshold']:.4g}"
+        f"d = {result.dim}, n = {result.n} {counted}, effective sample size {result.ess:.4g}, loss "
+        f"{result.config['loss0']:.4g} at the minimum, threshold {result.config['threshold']:.4g}"
     )
     lines.extend(f"note: {warning}" for warning in result.warnings)
     if not result.reliable:
         lines.append(f"next: {_advice(result)}")
+    spent = f"{result.n_loss} loss evaluations"
+    if result.n_grad:
+        spent += f" and {result.n_grad} gradients"
+    if not result.by_chains:
+        spent += f" ({result.n_loss / result.n:.1f} losses a direction)"
     lines.append(
-        f"{result.n_loss} loss evaluations ({result.n_loss / result.n:.1f} a direction) in "
+        f"{result.method} method, {spent} in "
         f"{result.seconds:.3g} s; {result.plan['engine']} engine, {result.plan['chunk']} rays at "
         f"once, {result.plan['backend']} loop"
     )
@@ -78,6 +94,8 @@ def _metric(result: VolumeEstimate) -> str:
 def _reach(result: VolumeEstimate) -> str:
     radius = result.reliable_radius
     gaussian = isinstance(result.measure, Gaussian)
+    if math.isinf(radius) and gaussian:
+        return "the profile is reliable at every multiple of the given std"
     if math.isinf(radius):
         return "the profile is reliable at every radius"
     if radius == 0:
@@ -96,6 +114,11 @@ def _reach(result: VolumeEstimate) -> str:
 
 
 def _advice(result: VolumeEstimate) -> str:
+    if result.by_chains:
+        return (
+            "raise n, which buys longer chains; or another preconditioner; or a smaller cap or "
+            "std, up to the reliable one"
+        )
     if isinstance(result.measure, Gaussian):
         return "a smaller std, more directions, or result.profile() for the mass at smaller std"
     if result.reliable_radius > 0:

@@ -242,6 +242,11 @@ class VolumeEstimate:
         return str(self.config["method"])
 
     @property
+    def by_chains(self) -> bool:
+        """Whether the directions are Markov chains, not independent draws."""
+        return False
+
+    @property
     def paired(self) -> bool:
         """Whether directions come in ± pairs, which are the independent units then."""
         return bool(self.config["antithetic"])

@@ -259,7 +259,6 @@ def run_paths(
         seconds=now - problem.began,
         reentrant=reentrant,
         log_constant_error=max(0.0 if each is None else each.log_constant_error for each in laws),
-        remarks=remarks,
     )
 
 

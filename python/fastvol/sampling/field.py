@@ -169,7 +169,8 @@ class RayField:
         )
         if self.proposal is not None and self.proposal.offset is not None:
             z += self.proposal.offset.to(z)
-        return z / z.norm(dim=1, keepdim=True)
+        units: Tensor = z / z.norm(dim=1, keepdim=True)
+        return units
 
     def measure(
         self,
