@@ -20,10 +20,13 @@ from .._proposal import Proposal
 from ..errors import FastvolWarning
 from ..result import VolumeEstimate
 from ..sampling.learning import perturbed
-from ..sampling.moves import GreatCircleSlice, Hamiltonian, Move
+from ..sampling.moves import CrankNicolson, GreatCircleSlice, Hamiltonian, Move, Switching
 from ..sampling.tempering import tilt
 from ._laws import given_law
 from ._paths import Laboratory, laboratory, run_paths
+
+# From this dimension on moves of one loss come first, and gradients where their step collapses.
+_LARGE = 50_000
 
 
 def run(problem: Problem) -> list[VolumeEstimate]:
@@ -70,6 +73,8 @@ def anneal(
     def make_move(generator: torch.Generator, rng: np.random.Generator) -> Move:
         if trouble:
             return GreatCircleSlice(generator, rng)
+        if problem.dim >= _LARGE:
+            return Switching(CrankNicolson(generator, rng), Hamiltonian(generator, rng))
         return Hamiltonian(generator, rng)
 
     return run_paths(

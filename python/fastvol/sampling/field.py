@@ -207,16 +207,6 @@ class RayField:
             self.offsets(rows),
         )
 
-    def draw_log_length(self, normals: Tensor, level: Level, rng: np.random.Generator) -> Float:
-        """Log length of a point drawn by a level's law on the rays of some normal vectors, ``[k]``.
-
-        Uniform in the ball of radius R, or c times the normal vector's own length.
-        """
-        if isinstance(self.problem.measure, Lebesgue):
-            return level.log_scale + np.log(rng.uniform(size=len(normals))) / self.dim
-        length: Float = normals.to(torch.float64).norm(dim=1).log().cpu().numpy()
-        return length + level.log_scale
-
     def offsets(self, rows: Directions) -> Float:
         """What the law of the directions adds to log W, nats ``[k]``."""
         if self.proposal is None:
@@ -243,6 +233,15 @@ class RayField:
             losses = self.loss(lanes, np.exp(log_multiples[part]))
             result[part] = np.isfinite(losses) & (losses <= self.threshold)
         return result
+
+    def reaches(self, rows: Directions, log_density: Float, level: Level) -> tuple[Float, Bool]:
+        """Where rays have to reach for a level's density, and whether they do: one loss each."""
+        asked = self.least_log_multiple(rows, log_density, level)
+        met = np.isfinite(asked)
+        possible = np.flatnonzero(met)
+        if len(possible):
+            met[possible] = self.inside(rows.take(possible), asked[possible])
+        return asked, met
 
     def log_weight(
         self,

@@ -29,6 +29,9 @@ from .field import Level, Population, RayField
 Float = npt.NDArray[np.float64]
 
 _TARGET_ACCEPTANCE = 0.7
+# A move of which fewer chains than this are accepted is made again with a shorter step.
+_HOPELESS = 0.15
+_MOST_RETRIES = 8
 # Steps longer than this need no other force; below it each is tried this often first.
 _COMFORTABLE = 0.05
 _TRIALS = 12
@@ -95,14 +98,37 @@ class Hamiltonian:
 
     def step(self, field: RayField, state: Population, level: Level) -> Population:
         """One trajectory of about a quarter circle for every chain."""
-        d = field.dim
-        q = state.units
         self._choose_force()
-        size = self._sizes[self._smoothed]
+        for _ in range(_MOST_RETRIES):
+            proposed, log_ratio = self._trajectory(field, state, level)
+            rate = float(np.exp(log_ratio).mean())
+            if self.adapt:
+                # A step far too long, as the first one may be, would waste a whole level.
+                change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE))
+                change = change if rate > _HOPELESS else 0.4
+                size = self._sizes[self._smoothed] * change
+                self._sizes[self._smoothed] = min(max(size, 1e-5), 1.5)
+            if rate > _HOPELESS or not self.adapt:
+                break
+        self._accepted += rate
+        self._moves += 1
+        self._tried[self._smoothed] += 1
+        accepted = np.log(self.rng.uniform(size=len(state))) < log_ratio
+        result = state.take(np.arange(len(state)))
+        taken = np.flatnonzero(accepted)
+        result.put(taken, proposed.take(taken))
+        return result
+
+    def _trajectory(
+        self, field: RayField, state: Population, level: Level
+    ) -> tuple[Population, Float]:
+        """Where every chain ends, and the log probability with which it goes there."""
+        d, q = field.dim, state.units
         # One number of steps for all chains: their gradients are one call.
-        epsilon = size * float(self.rng.uniform(0.85, 1.15))
+        epsilon = self._sizes[self._smoothed] * float(self.rng.uniform(0.85, 1.15))
         wanted = max(1, round(0.5 * math.pi * float(self.rng.uniform(0.7, 1.3)) / epsilon))
         steps = min(wanted, self.most_leapfrogs)
+        self._capped += wanted > steps
         v = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
         v /= math.sqrt(d)
         v -= (v * q).sum(dim=1, keepdim=True) * q
@@ -116,20 +142,7 @@ class Hamiltonian:
         proposed = field.measure(q, guess)
         gained = field.log_density(proposed, level) - field.log_density(state, level)
         log_ratio = gained + before - _kinetic(v, d)
-        log_ratio = np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
-        accepted = np.log(self.rng.uniform(size=len(state))) < log_ratio
-        rate = float(np.exp(log_ratio).mean())
-        self._accepted += rate
-        self._moves += 1
-        self._tried[self._smoothed] += 1
-        self._capped += wanted > steps
-        if self.adapt:
-            size *= math.exp(0.8 * (rate - _TARGET_ACCEPTANCE))
-            self._sizes[self._smoothed] = min(max(size, 1e-5), 1.5)
-        result = state.take(np.arange(len(state)))
-        taken = np.flatnonzero(accepted)
-        result.put(taken, proposed.take(taken))
-        return result
+        return proposed, np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
 
     def _choose_force(self) -> None:
         plain, smoothed = self._sizes
@@ -198,11 +211,7 @@ class GreatCircleSlice:
             trial = q[index] * theta.cos() + h[index] * theta.sin()
             trial = trial / trial.norm(dim=1, keepdim=True)
             rows = field.directions(trial)
-            asked = field.least_log_multiple(rows, height[waiting], level)
-            met = np.isfinite(asked)
-            possible = np.flatnonzero(met)
-            if len(possible):
-                met[possible] = field.inside(rows.take(possible), asked[possible])
+            asked, met = field.reaches(rows, height[waiting], level)
             done = np.flatnonzero(met)
             if len(done):
                 chosen = torch.from_numpy(done).to(q.device)
@@ -229,12 +238,12 @@ class GreatCircleSlice:
 
 @dataclass
 class CrankNicolson:
-    """Preconditioned Crank–Nicolson steps on (z, r): z′ = √(1−s²) z + s ξ, u = z/‖z‖.
+    """Preconditioned Crank–Nicolson steps on z, u = z/‖z‖: z′ = √(1−s²) z + s ξ.
 
     They keep z ~ N(0, I), so their acceptance depends on what is known about u, not on d (Cotter,
-    Roberts, Stuart & White 2013, Statist. Sci. 28, 424–446). r is a radius drawn from the level's
-    law of radii, and a step is accepted if the point r·v lies in the basin: one loss. Given u, r
-    is drawn anew below the ray's end, which is found once a move.
+    Roberts, Stuart & White 2013, Statist. Sci. 28, 424–446). A height below the density at u is
+    drawn once a move; a step is accepted if the ray still reaches the radius that the height asks
+    for, which one loss tells. The end of the ray is found once a move, from that radius.
 
     Args:
         generator: of ξ, on the rays' device.
@@ -265,15 +274,14 @@ class CrankNicolson:
             np.sqrt(self.rng.chisquare(field.dim, size=count)), device=q.device, dtype=q.dtype
         )
         z = q * length[:, None]
+        height = field.log_density(state, level) + np.log(self.rng.uniform(size=count))
         moved = np.zeros(count, dtype=np.bool_)
-        reached = state.log_multiples.copy()
+        reached = np.zeros(count)
         for _ in range(self.repeats):
             noise = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
             trial = math.sqrt(1.0 - self.size**2) * z + self.size * noise
-            asked = field.draw_log_length(trial, level, self.rng)
             rows = field.directions(trial / trial.norm(dim=1, keepdim=True))
-            asked = asked - rows.log_norm
-            accepted = field.inside(rows, asked)
+            asked, accepted = field.reaches(rows, height, level)
             index = torch.from_numpy(np.flatnonzero(accepted)).to(q.device)
             z[index] = trial[index]
             moved |= accepted
