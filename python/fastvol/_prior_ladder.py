@@ -14,16 +14,17 @@ any steps 0 < s ≤ 1, so both may be learned from the population above: s along
 proportion to the population's spread (Papaioannou, Betz, Zwirglmaier & Straub 2015), and where a
 full covariance can be had U are its eigenvectors.
 
-The chains of a run fall into islands that never mix. On a ladder that was fixed beforehand the
-estimate of each island is unbiased whether or not its chains mix, so the islands' spread is an
-honest error.
+The rungs and all that a move goes by are fixed before a run, so that its estimate of the mass is
+unbiased whether or not its chains mix. Its variance comes from its family tree (Lee & Whiteley
+2018, Biometrika 105): chains are the particles, and too many pairs with a common ancestor a few
+rungs up show what the chains remember.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +48,10 @@ _LEVEL_GAIN = 1.5
 # Steps of several sizes suit regions of several widths: factors from this to 1.
 _LEAST_FACTOR = 0.3
 _LEAST_MULTIPLE, _MOST_MULTIPLE = 1e-6, 1e3
-# A covariance is taken whole up to this dimension, from so many states a coordinate.
+# A covariance is taken whole up to this dimension, as if so many
+# states a coordinate had shown none.
 _FULL_DIM = 256
-_STATES_A_COORDINATE = 8
+_SHRINKAGE = 2.0
 _LEAST_SPREAD = 1e-6
 _PILOT_CHAINS = 32
 # A level that offers nothing lower is prolonged so often before it is called a plateau.
@@ -132,6 +134,17 @@ class Prior:
         )
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Rotation U ``[d, d]`` (``None``: the coordinates), and the spread along its columns.
+
+    ``spread`` is ``[d]``, or ``[chains, d]`` where each chain has its own.
+    """
+
+    rotation: Tensor | None
+    spread: Tensor
+
+
 @dataclass
 class Moments:
     """Sums over states, for the axes and the spread along them.
@@ -147,10 +160,8 @@ class Moments:
     full: bool
 
     def __post_init__(self) -> None:
-        shape = (self.dim, self.dim) if self.full else (self.dim,)
-        options = {"device": self.like.device, "dtype": torch.float64}
-        self._first = torch.zeros(self.dim, **options)  # type: ignore[arg-type]
-        self._second = torch.zeros(shape, **options)  # type: ignore[arg-type]
+        self._first = torch.zeros(self.dim, device=self.like.device, dtype=torch.float64)
+        self._second = self._first.new_zeros((self.dim,) * (2 if self.full else 1))
         self._count = 0
 
     def add(self, z: Tensor) -> None:
@@ -160,25 +171,27 @@ class Moments:
         self._second += exact.T @ exact if self.full else exact.square().sum(dim=0)
         self._count += len(z)
 
-    def axes(self) -> tuple[Tensor | None, Tensor]:
-        """Rotation U ``[d, d]`` (``None``: the coordinates) and spread ``[d]``, of the dtype."""
+    def axes(self) -> Axes:
+        """What a move goes by; a whole second moment of few states is drawn to its diagonal."""
         if self._count < 2:
-            return None, torch.ones_like(self._first).to(self.like)
+            return Axes(None, torch.ones_like(self._first).to(self.like))
         mean = self._first / self._count
-        if not self.full:
-            variance = self._second / self._count - mean.square()
-            # Few states give a rough variance; the prior's own counts as two of them.
-            variance = (self._count * variance + 2.0) / (self._count + 2.0)
-            return None, _spread(variance).to(self.like)
+        if not self.full or self._count < 2 * self.dim:
+            second = self._second.diagonal() if self.full else self._second
+            variance = second / self._count - mean.square()
+            # Few states give a rough variance; the law's own counts as two of them.
+            return Axes(None, _spread((self._count * variance + 2.0) / (self._count + 2.0), self))
         covariance = self._second / self._count - torch.outer(mean, mean)
-        if self._count < _STATES_A_COORDINATE * self.dim:
-            return None, _spread(covariance.diagonal()).to(self.like)
+        share = _SHRINKAGE * self.dim / (self._count + _SHRINKAGE * self.dim)
+        diagonal = covariance.diagonal().clone()
+        covariance *= 1.0 - share
+        covariance.diagonal().copy_(diagonal)
         values, vectors = torch.linalg.eigh(covariance)
-        return vectors.to(self.like), _spread(values).to(self.like)
+        return Axes(vectors.to(self.like), _spread(values, self))
 
 
-def _spread(variance: Tensor) -> Tensor:
-    return variance.clamp(min=_LEAST_SPREAD**2).sqrt()
+def _spread(variance: Tensor, moments: Moments) -> Tensor:
+    return variance.clamp(min=_LEAST_SPREAD**2).sqrt().to(moments.like)
 
 
 @dataclass
@@ -188,15 +201,14 @@ class Walk:
     Args:
         prior: loss and noise.
         stream: of the noise.
-        rotation, spread: see :meth:`Moments.axes`.
+        axes: along which it steps.
         multiple: s over the spread, before the random factor.
         rng: of the factors.
     """
 
     prior: Prior
     stream: int
-    rotation: Tensor | None
-    spread: Tensor
+    axes: Axes
     multiple: float
     rng: np.random.Generator
     next_id: int = 0
@@ -207,14 +219,14 @@ class Walk:
         noise = self.prior.normals(self.stream, np.arange(self.next_id, self.next_id + count))
         self.next_id += count
         factors = np.exp(self.rng.uniform(math.log(_LEAST_FACTOR), 0.0, size=(count, 1)))
-        s = torch.as_tensor(self.multiple * factors).to(z) * self.spread
+        s = torch.as_tensor(self.multiple * factors).to(z) * self.axes.spread
         s.clamp_(max=1.0)
         # Two products, for 1 - s² would lose a small s.
         keep = ((1.0 - s) * (1.0 + s)).sqrt_()
-        if self.rotation is None:
+        if self.axes.rotation is None:
             trial = keep * z + s * noise
         else:
-            trial = (keep * (z @ self.rotation) + s * noise) @ self.rotation.T
+            trial = (keep * (z @ self.axes.rotation) + s * noise) @ self.axes.rotation.T
         values = self.prior.losses(trial)
         accepted: Bool = values <= rung
         index = torch.from_numpy(np.flatnonzero(accepted)).to(z.device)
@@ -239,6 +251,7 @@ class Ladder:
     Attributes:
         rungs: losses, descending; the threshold is not one of them.
         multiples: the steps that suited each.
+        axes: of the populations at or below each.
         plateau: whether no state was found below the last rung.
         reached: whether states at or below the threshold were found.
         log_mass: rough, of the threshold or of the last rung.
@@ -246,6 +259,7 @@ class Ladder:
 
     rungs: tuple[float, ...]
     multiples: tuple[float, ...]
+    axes: tuple[Axes, ...]
     plateau: bool
     reached: bool
     log_mass: float
@@ -282,6 +296,7 @@ def make_ladder(
     """
     rungs: list[float] = []
     multiples: list[float] = []
+    found: list[Axes] = []
     log_mass, multiple = 0.0, 1.0
     bytes_a_state = prior.dim * prior.like.element_size()
     states = min(states, max(_STATE_BYTES // bytes_a_state, 2 * _PILOT_CHAINS))
@@ -293,7 +308,7 @@ def make_ladder(
     rung = math.inf
 
     def ended(*, plateau: bool, reached: bool) -> Ladder:
-        return Ladder(tuple(rungs), tuple(multiples), plateau, reached, log_mass)
+        return Ladder(tuple(rungs), tuple(multiples), tuple(found), plateau, reached, log_mass)
 
     while True:
         low = next_rung(losses, rung, threshold)
@@ -308,15 +323,22 @@ def make_ladder(
         # The plain draws are not held, but made anew.
         chosen = rng.permutation(kept)[:states]
         source = prior.normals(0, chosen) if ids is not None else population[_index(chosen, prior)]
+        group = chosen % chains < chains // 2
         ids = None
-        moments = Moments(prior.dim, prior.like, full=False)
-        moments.add(source)
-        starts = np.resize(np.arange(len(chosen)), chains)
+        spreads, starts = [], np.empty(chains, dtype=np.int64)
+        for side, rows in ((True, slice(chains // 2)), (False, slice(chains // 2, chains))):
+            own, other = np.flatnonzero(group == side), np.flatnonzero(group != side)
+            starts[rows] = np.resize(own if len(own) else other, len(starts[rows]))
+            # A half that went by its own spread would freeze where it is narrow by chance.
+            moments = Moments(prior.dim, prior.like, full=False)
+            moments.add(source[_index(other, prior)])
+            spreads.append(moments.axes().spread.expand(len(starts[rows]), -1))
         z = source[_index(starts, prior)].clone()
         current = losses[chosen][starts]
         rung = low
         rungs.append(rung)
-        walk = Walk(prior, 3 + len(rungs), *moments.axes(), multiple, rng)
+        axes = Axes(None, torch.cat(spreads))
+        walk = Walk(prior, 3 + len(rungs), axes, multiple, rng)
         collected, values = [z.clone()], [current.copy()]
         for step in range(1, length * _PATIENCE):
             if step >= length and (min(map(np.min, values)) < rung or prior.n_loss >= limit):
@@ -331,6 +353,9 @@ def make_ladder(
         multiple = walk.multiple
         multiples.append(multiple)
         population, losses = torch.cat(collected), np.concatenate(values)
+        moments = Moments(prior.dim, prior.like, full=False)
+        moments.add(population)
+        found.append(moments.axes())
 
 
 def _index(rows: Int, prior: Prior) -> Tensor:
@@ -338,58 +363,51 @@ def _index(rows: Int, prior: Prior) -> Tensor:
 
 
 class Reservoir:
-    """A uniform choice, without replacement, among the kept states of every island.
+    """A uniform choice, without replacement, among all states that are kept.
 
     Args:
-        islands, size: states held for each.
+        size: states held, at most.
         dim, like: of a state.
         rng: of the choice.
     """
 
-    def __init__(
-        self, islands: int, size: int, dim: int, like: Tensor, rng: np.random.Generator
-    ) -> None:
-        self._keys = np.full((islands, size), math.inf)
-        self._losses = np.full(islands * size, math.inf)
-        self._chains = np.zeros(islands * size, dtype=np.int64)
-        self._states = torch.empty((islands * size, dim), device=like.device, dtype=like.dtype)
+    def __init__(self, size: int, dim: int, like: Tensor, rng: np.random.Generator) -> None:
+        self._keys = np.full(size, math.inf)
+        self._losses = np.full(size, math.inf)
+        self._chains = np.zeros(size, dtype=np.int64)
+        self._states = torch.empty((size, dim), device=like.device, dtype=like.dtype)
         self._rng = rng
+        self.offered = 0
 
     def offer(self, z: Tensor, losses: Float, kept: Bool) -> None:
-        """One state of every chain ``[islands · size, d]``, and which of them may be chosen."""
-        size = self._keys.shape[1]
-        keys = np.where(kept, self._rng.random(len(kept)), math.inf).reshape(self._keys.shape)
-        both = np.concatenate([self._keys, keys], axis=1)
+        """One state of every chain ``[chains, d]``, and which of them are kept."""
+        size = len(self._keys)
+        both = np.concatenate([self._keys, np.where(kept, self._rng.random(len(kept)), math.inf)])
         # The smallest keys of all that came are a uniform choice; stable, so that inf moves none.
-        order = np.argsort(both, axis=1, kind="stable")[:, :size]
-        stays = np.zeros(both.shape, dtype=np.bool_)
-        np.put_along_axis(stays, order, True, axis=1)
-        slots = np.flatnonzero(~stays[:, :size])
-        rows = np.flatnonzero(stays[:, size:])
+        stays = np.zeros(len(both), dtype=np.bool_)
+        stays[np.argsort(both, kind="stable")[:size]] = True
+        slots, rows = np.flatnonzero(~stays[:size]), np.flatnonzero(stays[size:])
         if len(rows):
             device = self._states.device
             self._states[torch.from_numpy(slots).to(device)] = z[torch.from_numpy(rows).to(device)]
             self._losses[slots] = losses[rows]
             self._chains[slots] = rows
-            self._keys.reshape(-1)[slots] = keys.reshape(-1)[rows]
+            self._keys[slots] = both[size + rows]
+        self.offered += int(kept.sum())
 
-    def held(self) -> tuple[Int, int]:
-        """How many states each island holds, and from how many chains they all come."""
-        filled = np.isfinite(self._keys)
-        return filled.sum(axis=1), len(np.unique(self._chains[filled.reshape(-1)]))
+    def draw(self, count: int) -> tuple[Tensor, Float, Int]:
+        """``count`` of the kept states, with replacement: states, losses, and their chains."""
+        held = self._rng.permutation(np.flatnonzero(np.isfinite(self._keys)))
+        # Which of all that were kept; the distinct ones are a uniform choice, as those held are.
+        _, distinct = np.unique(self._rng.integers(self.offered, size=count), return_inverse=True)
+        rows = held[distinct]
+        states = self._states[torch.from_numpy(rows).to(self._states.device)]
+        return states, self._losses[rows], self._chains[rows]
 
-    def starts(self) -> tuple[Tensor, Float, Int]:
-        """States and losses for every chain of the islands that hold any, and those islands."""
-        rows, alive = [], []
-        size = self._keys.shape[1]
-        for island, keys in enumerate(self._keys):
-            filled = island * size + np.flatnonzero(np.isfinite(keys))
-            if len(filled):
-                rows.append(np.resize(self._rng.permutation(filled), size))
-                alive.append(island)
-        index = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        states = self._states[torch.from_numpy(index).to(self._states.device)]
-        return states, self._losses[index], np.array(alive, dtype=np.int64)
+    def all(self) -> Tensor:
+        """The states held."""
+        rows = np.flatnonzero(np.isfinite(self._keys))
+        return self._states[torch.from_numpy(rows).to(self._states.device)]
 
 
 @dataclass(frozen=True)
@@ -398,18 +416,18 @@ class Level:
 
     Attributes:
         rung: all losses are at or below it; infinite for the plain draws.
-        losses: float64 ``[islands, states]``, infinite throughout for an island that died out.
-        log_weight: log mass of the rung by each island, ``[islands]``, nats.
+        losses: float64 ``[chains, length]``.
+        parents: int64 ``[chains]``: the chain of the level above that each started from.
+        log_weight: log mass of the rung by this run, nats.
         acceptance, multiple: of the move; nan for the plain draws.
-        sources: chains whose states the next level, or the solutions, come from.
     """
 
     rung: float
     losses: Float
-    log_weight: Float
+    parents: Int
+    log_weight: float
     acceptance: float
     multiple: float
-    sources: int
 
 
 def run_ladder(
@@ -417,84 +435,73 @@ def run_ladder(
     ladder: Ladder,
     threshold: float,
     *,
-    islands: int,
     chains: int,
     length: int,
     stream: int,
     rng: np.random.Generator,
-) -> tuple[list[Level], Tensor]:
+    learn: bool = False,
+) -> tuple[list[Level], Tensor, Ladder]:
     """One run down a fixed ladder.
 
     Args:
         prior: loss and noise.
         ladder: its rungs.
         threshold: where the run ends.
-        islands, chains: M chains, a multiple of the islands.
-        length: K.
+        chains, length: M and K.
         stream: streams from this one on are used for the run's noise.
         rng: of choices.
+        learn: whether to learn the axes.
 
     Returns:
-        The levels, and states ``[k, d]`` at or below the threshold, islands in proportion.
+        The levels, fewer where the run found nothing below a rung; states ``[k, d]`` at or below
+        the threshold; and the ladder with what this run learned of the moves, for another run: one
+        that went by its own states would be tied to them.
     """
-    size = chains // islands
-    full = prior.dim <= _FULL_DIM
-    targets = [*ladder.rungs, threshold]
+    full = learn and prior.dim <= _FULL_DIM
     levels: list[Level] = []
-    weight = np.zeros(islands)
-    alive = np.arange(islands)
+    learned: list[Axes] = []
+    tuned: list[float] = []
     z, current = prior.like.new_empty((0, prior.dim)), np.zeros(0)
-    axes: tuple[Tensor | None, Tensor] = (None, torch.ones_like(prior.like[: prior.dim]))
-    correction, rung = 1.0, math.inf
-    for depth, target in enumerate(targets):
-        reservoir = Reservoir(len(alive), size, prior.dim, prior.like, rng)
+    parents = np.arange(chains)
+    correction, weight, rung = 1.0, 0.0, math.inf
+    for depth, target in enumerate((*ladder.rungs, threshold)):
+        reservoir = Reservoir(chains, prior.dim, prior.like, rng)
         moments = Moments(prior.dim, prior.like, full=full)
-        record = np.empty((len(alive) * size, length))
-        walk = None
-        accepted = 0.0
+        losses = np.empty((chains, length))
+        walk, accepted = None, 0.0
         if depth:
             multiple = bounded(correction * ladder.multiples[depth - 1])
-            walk = Walk(prior, stream + depth, *axes, multiple, rng)
+            walk = Walk(prior, stream + depth, ladder.axes[depth - 1], multiple, rng)
         for step in range(length):
             if walk is None:
-                ids = np.arange(step * chains, (step + 1) * chains)
-                z = prior.normals(stream, ids)
+                z = prior.normals(stream, np.arange(step * chains, (step + 1) * chains))
                 current = prior.losses(z)
             elif step:
                 accepted += float(walk.step(z, current, rung).mean())
-            record[:, step] = current
-            kept: Bool = current <= target
-            reservoir.offer(z, current, kept)
-            if depth + 1 < len(targets) and kept.any():
-                moments.add(z[_index(np.flatnonzero(kept), prior)])
-        losses = np.full((islands, size * length), math.inf)
-        losses[alive] = record.reshape(len(alive), -1)
-        acceptance = accepted / max(length - 1, 1) if walk else math.nan
-        sources = reservoir.held()[1]
-        levels.append(
-            Level(
-                rung,
-                losses,
-                weight.copy(),
-                acceptance,
-                walk.multiple if walk else math.nan,
-                sources,
-            )
-        )
-        with np.errstate(divide="ignore"):
-            weight = weight + np.log((losses <= target).mean(axis=1))
+            losses[:, step] = current
+            reservoir.offer(z, current, current <= target)
+            if learn and walk:
+                moments.add(z)
+        acceptance = accepted / (length - 1) if walk else math.nan
+        multiple = walk.multiple if walk else math.nan
+        levels.append(Level(rung, losses, parents, weight, acceptance, multiple))
         if walk:
+            gap = _LEVEL_GAIN * (acceptance - _ACCEPTANCE)
+            tuned.append(bounded(walk.multiple * math.exp(gap)))
             # From level to level only: within one it would tie the move to its own states.
-            correction *= math.exp(_LEVEL_GAIN * (acceptance - _ACCEPTANCE))
-        z, current, surviving = reservoir.starts()
-        alive = alive[surviving]
-        if not len(alive):
+            correction *= math.exp(gap)
+            learned.append(moments.axes() if learn else ladder.axes[depth - 1])
+        if not reservoir.offered:
             break
-        axes = moments.axes()
+        weight += math.log(reservoir.offered / losses.size)
+        z, current, parents = reservoir.draw(chains)
         rung = target
-    if not len(alive):
-        return levels, z
-    share = np.exp(weight[alive] - weight[alive].max())
-    picked = rng.choice(len(alive), size=len(z), p=share / share.sum())
-    rows = np.array([island * size + rng.integers(size) for island in picked], dtype=np.int64)
-    return levels, z[_index(np.unique(rows), prior)]
+    # Rungs that this run did not come to keep what was known of them.
+    known = len(learned)
+    ladder = replace(
+        ladder,
+        multiples=(*tuned, *ladder.multiples[known:]),
+        axes=(*learned, *ladder.axes[known:]),
+    )
+    done = len(levels) == len(ladder.rungs) + 1
+    return levels, reservoir.all() if done else z[:0], ladder

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
 from .. import preconditioners
 from .._proposal import Proposal
 from ..errors import FastvolError
-from ..measures import Lebesgue
+from ..measures import Gaussian
 from ..preconditioners import Built, Curvature, Preconditioner, match_threshold
 from ._paths import GRADIENT_COST, Laboratory
 
@@ -72,16 +72,20 @@ def curvature_law(lab: Laboratory, curvature: Curvature, name: str) -> Proposal:
     """The best law of a curvature's family (I + s|H|)^(−1/2), by the spread of pilot weights."""
     problem = lab.problem
     gap = lab.threshold - problem.loss0
-    if isinstance(problem.measure, Lebesgue):
-        strengths: Iterable[float] = (
-            math.inf,
-            *(damping / max(curvature.largest, 1e-300) for damping in _DAMPING),
-        )
-    else:
+    strengths: list[float]
+    if isinstance(problem.measure, Gaussian):
         matched = match_threshold(curvature, gap, problem.offset) if gap > 0 else 0.0
         # Where the law as it stands already lies within the basin, it is tried as it is.
         matched = matched or 0.1 / max(curvature.largest, 1e-300)
-        strengths = (matched * factor for factor in _FACTORS)
+        strengths = [matched * factor for factor in _FACTORS]
+    else:
+        largest = max(curvature.largest, 1e-300)
+        strengths = [math.inf, *(damping / largest for damping in _DAMPING)]
+        if math.isfinite(problem.measure.max_radius) and gap > 0:
+            # The ball is close to a normal law of variance R²/d.
+            variance = problem.measure.max_radius**2 / problem.dim
+            matched = match_threshold(curvature, gap / variance)
+            strengths = [matched * factor for factor in _FACTORS if matched > 0] + strengths
 
     best, best_sd, worse = None, math.inf, 0
     for strength in strengths:

@@ -316,7 +316,7 @@ class Switching:
 
     cheap: CrankNicolson
     strong: Hamiltonian
-    least: float = 0.08
+    least: float = 0.2
     name: str = "switching"
 
     _strong: bool = False
