@@ -21,7 +21,7 @@ from fastvol.sampling.moves import (
 )
 from fastvol.sampling.tempering import systematic
 
-CHAINS = 1500
+CHAINS = 700
 
 
 def matrix(d, strength=0.4, seed=0):
@@ -112,7 +112,7 @@ PAIRS = [(case, move) for case, options in CASES.items() for move in options[-1]
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 # REPORTED: with m the moves miss the law I_d(∞, a) of the directions themselves; Crank–Nicolson
-# with P misses ‖v‖^−d, and under a normal law draws ‖z‖ anew without its condition.
+# with P misses ‖v‖^−d.
 def test_moves_keep_their_target(monkeypatch, case, name):
     measure, at, P, m, beta, log_scale, _ = CASES[case]
     # Bent along its rays, so that a force taken at one radius is nowhere exact.
@@ -122,7 +122,7 @@ def test_moves_keep_their_target(monkeypatch, case, name):
     def use(problem):
         field = open_field(problem, law, lanes=CHAINS)
         level = Level(beta, log_scale)
-        pool = field.measure(field.isotropic(np.arange(20 * CHAINS), 3))
+        pool = field.measure(field.isotropic(np.arange(12 * CHAINS), 3))
         generator, rng = generators(11)
         weights = field.log_density(pool, level)
         share = np.exp(weights - weights.max())
@@ -156,8 +156,32 @@ def test_moves_keep_their_target(monkeypatch, case, name):
 def observables(field, population, level):
     u = population.units.numpy()
     rows = [field.log_density(population, level), *u.T, *np.square(u).T]
-    rows += [u[:, 0] * u[:, 1], u[:, 1] * u[:, 2], u[:, 0] * u[:, 2]]
-    return np.stack(rows)
+    return np.stack([*rows, *(u * np.roll(u, 1, axis=1)).T])
+
+
+# REPORTED: given u, ‖z‖ is drawn anew without its condition c‖z‖ < ρ‖v‖, so short and long rays
+# exchange at the wrong rates while steps are small.
+def test_small_crank_nicolson_steps_keep_a_normal_law(monkeypatch):
+    def use(problem):
+        field = open_field(problem, lanes=CHAINS)
+        level = Level(1.0, 0.0)
+        pool = field.measure(field.isotropic(np.arange(20 * CHAINS), 3))
+        generator, rng = generators(12)
+        state = pool.take(systematic(field.log_density(pool, level), CHAINS, rng))
+        after = state
+        move = CrankNicolson(generator, rng)
+        for _ in range(8):
+            move.size = 0.3
+            after = move.step(field, after, level)
+        return observables(field, state, level), observables(field, after, level)
+
+    # Radii from e^−1 to e.
+    before, after = within(
+        monkeypatch, bodies.star(2, 2.0), use, measure=Gaussian(1.0), lanes=CHAINS
+    )
+    error = np.sqrt((before.var(axis=1) + after.var(axis=1)) / CHAINS)
+    z = (after.mean(axis=1) - before.mean(axis=1)) / error
+    assert np.abs(z).max() < 4.0, z.round(2)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +203,7 @@ def test_a_seed_decides_a_move(monkeypatch, make):
             move = make(*generators(seed))
             move.start_level(state, level)
             ends.append(move.step(field, move.step(field, state, level), level))
-        assert all(0.0 <= value for value in move.report().values())
+        assert all(value >= 0.0 for value in move.report().values())
         return ends
 
     first, second, other = within(
@@ -272,7 +296,7 @@ def test_leapfrogs_are_reversible(monkeypatch, measure, smoothed):
 FORCES = {
     "lebesgue": (Lebesgue(), None, None, None, math.inf),
     "lebesgue, P": (Lebesgue(), None, matrix(6), None, math.inf),
-    "capped, far": (Lebesgue(3.0), None, matrix(6), None, math.log(3.0)),
+    "capped, far": (Lebesgue(50.0), None, matrix(6), None, math.log(50.0)),
     "gaussian": (Gaussian(0.4), None, None, None, 0.0),
     "wide gaussian, P": (Gaussian(0.4), None, matrix(6), None, 0.7),
     "origin": (Gaussian(0.4, "origin"), vector(6, 0.8), None, None, 0.0),
@@ -288,6 +312,7 @@ FORCES = {
 }
 
 
+# REPORTED: the part that comes through a is NaN, and taken for 0: 0.0 * x with x infinite.
 @pytest.mark.parametrize("case", FORCES)
 @pytest.mark.parametrize("body", [bodies.rotated_ellipsoid(6, 6.0), bodies.lp_ball(6, 4.0)])
 def test_the_force_is_the_gradient_of_the_log_weight(monkeypatch, case, body):
@@ -321,7 +346,7 @@ def test_the_force_is_the_gradient_of_the_log_weight(monkeypatch, case, body):
         return found, along.numpy()
 
     found, along = within(monkeypatch, body, use, measure=measure, at=at, rtol=1e-12)
-    assert np.abs(found).max() > 0.1
+    assert np.abs(found).max() > 0.02
     np.testing.assert_allclose(along, found, atol=2e-4 * np.abs(found).max())
 
 
@@ -395,7 +420,7 @@ def test_the_least_multiple_inverts_the_weight(monkeypatch, case):
             asked = density(np.full(8, wanted))
             found = field.least_log_multiple(rows, asked, level)
             np.testing.assert_allclose(found, wanted, atol=1e-6)
-        never = field.least_log_multiple(rows, density(np.full(8, 3e3)) + 1.0, level)
+        never = field.least_log_multiple(rows, density(np.full(8, 300.0)) + 1.0, level)
         return never if not math.isinf(log_scale) else np.full(8, math.inf)
 
     body = bodies.rotated_ellipsoid(6, 6.0)

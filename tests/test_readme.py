@@ -18,7 +18,7 @@ def test_the_examples_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     names: dict[str, object] = {}
@@ -34,6 +34,9 @@ def test_the_examples_of_the_readme_run(
     printed = capsys.readouterr().out
     assert "lower bound" in printed
     assert "next:" in printed
+    mass = names["mass"]
+    assert isinstance(mass, fastvol.VolumeEstimate)
+    assert mass.log_volume <= 0
     assert fastvol.load("basin.safetensors").summary() in printed
 
 

@@ -10,12 +10,28 @@ import time
 from pathlib import Path
 
 from ..record import RESULTS, record
-from . import coverage, known_answers, refusals
+from . import (
+    coverage,
+    gaussian_quadratic,
+    invariance,
+    known_answers,
+    path_coverage,
+    reach,
+    refusals,
+    stationarity,
+    trained,
+)
 
 PROOFS = {
     "known_answers": known_answers.run,
     "refusals": refusals.run,
     "coverage": coverage.run,
+    "reach": reach.run,
+    "gaussian": gaussian_quadratic.run,
+    "stationarity": stationarity.run,
+    "invariance": invariance.run,
+    "path_coverage": path_coverage.run,
+    "trained": trained.run,
 }
 
 

