@@ -111,8 +111,7 @@ PAIRS = [(case, move) for case, options in CASES.items() for move in options[-1]
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
-# REPORTED: with m the moves miss the law I_d(∞, a) of the directions themselves; Crank–Nicolson
-# with P misses ‖v‖^−d.
+# REPORTED: with m the moves miss the law I_d(∞, a) of the directions themselves.
 def test_moves_keep_their_target(monkeypatch, case, name):
     measure, at, P, m, beta, log_scale, _ = CASES[case]
     # Bent along its rays, so that a force taken at one radius is nowhere exact.
@@ -159,8 +158,6 @@ def observables(field, population, level):
     return np.stack([*rows, *(u * np.roll(u, 1, axis=1)).T])
 
 
-# REPORTED: given u, ‖z‖ is drawn anew without its condition c‖z‖ < ρ‖v‖, so short and long rays
-# exchange at the wrong rates while steps are small.
 def test_small_crank_nicolson_steps_keep_a_normal_law(monkeypatch):
     def use(problem):
         field = open_field(problem, lanes=CHAINS)
@@ -315,7 +312,7 @@ FORCES = {
 # REPORTED: the part that comes through a is NaN, and taken for 0: 0.0 * x with x infinite.
 @pytest.mark.parametrize("case", FORCES)
 @pytest.mark.parametrize("body", [bodies.rotated_ellipsoid(6, 6.0), bodies.lp_ball(6, 4.0)])
-def test_the_force_is_the_gradient_of_the_log_weight(monkeypatch, case, body):
+def test_the_force_is_the_gradient_of_the_log_target(monkeypatch, case, body):
     measure, at, P, m, log_scale = FORCES[case]
     law = None if P is None else Proposal(Matrix(P), m)
     level = Level(0.6, log_scale)
@@ -338,7 +335,7 @@ def test_the_force_is_the_gradient_of_the_log_weight(monkeypatch, case, body):
             t -= (t * q).sum(dim=1, keepdim=True) * q
             t /= t.norm(dim=1, keepdim=True)
             high, low = (
-                field.log_density(field.measure(great_circle(q, t, sign * step)[0], guess), level)
+                field.log_target(field.measure(great_circle(q, t, sign * step)[0], guess), level)
                 for sign in (1.0, -1.0)
             )
             found[:, column] = (high - low) / (2.0 * step) / 6

@@ -49,6 +49,7 @@ Float = npt.NDArray[np.float64]
 
 # An interval of few runs is wider than the normal one.
 _MIN_ESS = 30.0
+_MIN_LENGTH = 8
 _MAX_SHARE = 0.2
 _MOST_ERROR = 1.0
 _APART = 3.0
@@ -56,6 +57,7 @@ _GRID = 48
 # Runs whose errors are smaller than this weigh alike.
 _LEAST_ERROR = 0.01
 _COLLAPSED = 1e-3
+_STRETCH = 1e-4
 _UNBOUNDED_SHARE = 1e-3
 _MOST_REENTRANT = 0.9
 _RUN_ARRAYS = ("level", "cluster", "log_radii", "shift", "log_offset", "status")
@@ -192,10 +194,10 @@ class PathEstimate(VolumeEstimate):
         runs = [*self._runs] + ([] if self._short is None else [self._short])
         return [bridge_of(run, self.measure, self.dim) for run in runs]
 
-    def _at(self, log_scale: float) -> Combined:
+    def _at(self, log_scale: float, stretch: float = 0.0) -> Combined:
         """The log mean of W under a cap, or of a width."""
         return combined_at(
-            self._runs, self._short, self._bridges, self.measure, self.dim, log_scale
+            self._runs, self._short, self._bridges, self.measure, self.dim, log_scale, stretch
         )
 
     def ci(self, level: float = 0.95) -> tuple[float, float]:
@@ -223,16 +225,20 @@ class PathEstimate(VolumeEstimate):
 
         The product of a run's increments is an unbiased estimate of the volume whatever the chains'
         mixing (Dau & Chopin 2022), but for the choice of the path from the states themselves; so is
-        the mean over runs, to which Markov's inequality applies.
+        the mean over runs, to which Markov's inequality applies. −inf where a run did not reach the
+        path's end.
 
         Args:
             level: between 0 and 1.
         """
         _check_level(level)
-        forward = np.array([sum(run.log_increments) + run.log_constant for run in self._runs])
+        if not all(run.finished for run in self._runs):
+            return -math.inf
+        forward = np.array([run.log_mean for run in self._runs])
         top = float(forward.max())
         mean = top + math.log(float(np.exp(forward - top).mean()))
         shift = self.log_volume - self.statistics.log_mean
+        mean += math.log1p(-min(max(self._rays.reentrant_share, 0.0), _MOST_REENTRANT))
         return mean + shift + math.log1p(-level) - self._extra_error
 
     @cached_property
@@ -299,20 +305,22 @@ class PathEstimate(VolumeEstimate):
     def _row(self, log_scale: float, level: float) -> tuple[float, ...]:
         """value, stderr, low, high, ess, slope, passed."""
         combined = self._at(log_scale)
-        step = 1e-3
-        further = self._at(log_scale + step)
+        slope = (self._at(log_scale, _STRETCH).log_mean - combined.log_mean) / _STRETCH
+        constant = -0.5 * self._offset_squared * math.exp(-2.0 * log_scale)
         if isinstance(self.measure, Lebesgue):
             constant = math.log(self.dim) - self.dim * log_scale
-            slope = self.dim - (further.log_mean - combined.log_mean) / step
-        else:
-            constant = -0.5 * self._offset_squared * math.exp(-2.0 * log_scale)
-            slope = (combined.log_mean - further.log_mean) / step
         value = combined.log_mean + constant
         pilot = self.config["pilot"]
         inexact = radius_errors(
             max(slope, 0.0), max(pilot["rtol"], pilot["rounding"]), pilot["bias"]
         )
-        stderr = math.hypot(combined.stderr, self._extra_error, *inexact)
+        stderr = math.hypot(
+            combined.stderr,
+            self._rays.reentrant_share,
+            self._rays.reentrant_error,
+            self._log_constant_error,
+            *inexact,
+        )
         z = NormalDist().inv_cdf(0.5 * (1.0 + level))
         high = max(min(value + z * stderr, 0.0), value)
         passed = combined.reliable and stderr <= _MOST_ERROR and self._mixes
@@ -393,6 +401,7 @@ class PathEstimate(VolumeEstimate):
                 max(self.reentrant_fraction, other.reentrant_fraction),
                 max(self._rays.reentrant_error, other._rays.reentrant_error),
             ),
+            log_constant_error=max(self._log_constant_error, other._log_constant_error),
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -448,11 +457,17 @@ def combined_at(
     measure: Lebesgue | Gaussian,
     dim: int,
     log_scale: float,
+    stretch: float = 0.0,
 ) -> Combined:
-    """The log mean of W under a cap or width, from all runs, constants of their laws included."""
+    """The log mean of W under a cap or width, from all runs, constants of their laws included.
+
+    With every log radius longer by ``stretch``.
+    """
     everything = [*runs] + ([] if short is None else [short])
     means = [
-        bridge.mean(log_weight(measure, dim, run.log_radii, run.shift, run.log_offset, log_scale))
+        bridge.mean(
+            log_weight(measure, dim, run.log_radii + stretch, run.shift, run.log_offset, log_scale)
+        )
         for run, bridge in zip(everything, bridges, strict=True)
     ]
     values = [
@@ -532,6 +547,10 @@ def assemble_paths(
     metric_volume = log_mean + constant - 0.5 * offset_squared
 
     trouble = mixing_trouble(runs)
+    if runs[0].length < _MIN_LENGTH or (short is not None and runs[0].length < 2 * short.length):
+        trouble.append(
+            f"chains of {runs[0].length} states a level are too short to tell whether they mix"
+        )
     trouble += [
         f"a run ended before the path did: {run.stopped}" for run in runs if not run.finished
     ]
@@ -553,12 +572,19 @@ def assemble_paths(
         )
         if share > 0.5:
             reliable = False
+    failed = sum(int((run.status == 3).sum()) for run in runs)
+    if failed:
+        notes.append(
+            f"{failed} rays ran out of evaluations; they count with the radius known to be inside"
+        )
     notes.extend(provenance.get("remarks", ()))
     log_radii = np.concatenate([run.log_radii for run in runs])
     status = np.concatenate([run.status for run in runs])
     counts = np.bincount(status, minlength=4)
     rays = Rays.empty(len(log_radii))
     rays.log_radii, rays.status = log_radii, status
+    rays.shift = np.concatenate([run.shift for run in runs])
+    rays.log_offset = np.concatenate([run.log_offset for run in runs])
     rays.reentrant_share, rays.reentrant_error = share, share_error
     return PathEstimate(
         log_volume=metric_volume + (log_abs_scale if lebesgue else 0.0),
@@ -628,14 +654,11 @@ def _sensitivity(
     """κ: nats by which the answer moves per unit of log radius."""
     if math.isinf(scale):
         return float(dim)
-    step = 1e-3
-    here, narrower = (
-        combined_at(runs, short, bridges, measure, dim, scale - change).log_mean
-        for change in (0.0, step)
+    here, longer = (
+        combined_at(runs, short, bridges, measure, dim, scale, stretch).log_mean
+        for stretch in (0.0, _STRETCH)
     )
-    # Longer rays under the same cap are the same rays under a smaller one, in larger units.
-    slope = (here - narrower) / step
-    kappa = dim - slope if isinstance(measure, Lebesgue) else -slope
+    kappa = (longer - here) / _STRETCH
     return min(max(kappa, 0.0), float(dim)) if math.isfinite(kappa) else float(dim)
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend
-from ._estimate import _boolean, _is_auto, _numbers, _quiet_vmap, _Threads, _whole
+from ._estimate import _boolean, _is_auto, _numbers, _quiet_vmap, _read_plan, _Threads, _whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
-from ._prior_ladder import Ladder, Level, Prior, PriorEngine, make_ladder, run_ladder
+from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, thinned
+from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
 from ._state import preserved, unwrap
 from .engines import measure_plan
@@ -28,7 +29,7 @@ _PLAIN_HITS = 300
 _FIRST_SHARE = 0.05
 # Of the budget, over the states of one of the pilot's levels.
 _PILOT_SHARE = 400
-_LEAST_PILOT, _MOST_PILOT = 64, 4096
+_LEAST_PILOT, _MOST_PILOT = 256, 4096
 _PILOT_MOST = 0.5
 _REHEARSAL_SHARE = 0.2
 _LEAST_CHAINS = 16
@@ -52,6 +53,7 @@ def prior_mass(
     seed: int = 0,
     replicates: int = 2,
     chains: int | Literal["auto"] = "auto",
+    plan: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PriorMass:
     r"""Log mass (nats) of all parameters with a loss of at most τ, under a normal law.
@@ -76,7 +78,8 @@ def prior_mass(
             exception. Parameters that do not move keep their values.
         loss_fn, data: as for :func:`estimate`; a loss that jumps, or has ties, will do. A loss that
             is not finite is above every threshold, but at the model's parameters it must be finite.
-        n: budget in loss evaluations, at least 1,000; it is kept to within a few per cent.
+        n: budget in loss evaluations, at least 1,000; kept to within a few per cent as
+            long as it pays for 32 states on every rung of every run.
         threshold: τ; or a sequence, all served by one run (see :meth:`PriorMass.at`).
         std: standard deviation: a positive number, a mapping from parameter name to a number or a
             tensor that broadcasts to that parameter, or a tensor with an entry per moved
@@ -86,6 +89,7 @@ def prior_mass(
         seed: of all noise; 0 ≤ seed < 2⁶⁴.
         replicates: independent runs.
         chains: of each run; by default about a sixteenth of a population.
+        plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -121,24 +125,27 @@ def prior_mass(
     backend = _backend.select("auto")
     lanes = max(1, min(_MOST_LANES, _LANES_BYTES // (layout.size * theta.element_size())))
 
-    with preserved(inner), _Threads(None), _quiet_vmap():
+    given = None if plan is None else _read_plan(plan, backend, layout, None)
+
+    with preserved(inner), _Threads(given), _quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         objective.prepare(layout.unflatten(theta.clone(), PREFIX))
-        plan, _ = measure_plan(
-            objective,
-            layout,
-            scale,
-            backend,
-            lanes=None,
-            block=lanes,
-            radius=math.sqrt(layout.size),
-            rays=count,
-        )
-        torch.set_num_threads(plan.threads)
-        plan = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes), keep_rows=True)
-        engine = PriorEngine(objective, layout, center, scale, plan, backend)
+        if given is None:
+            given, _ = measure_plan(
+                objective,
+                layout,
+                scale,
+                backend,
+                lanes=None,
+                block=lanes,
+                radius=math.sqrt(layout.size),
+                rays=count,
+            )
+            torch.set_num_threads(given.threads)
+            given = replace(given, lanes=lanes, chunk=min(given.chunk, lanes), keep_rows=True)
+        engine = PriorEngine(objective, layout, center, scale, given, backend)
         with _bar(count, progress) as bar:
-            prior = Prior(engine, backend, seed, theta, plan.noise_threads, bar.update)
+            prior = Prior(engine, backend, seed, theta, given.noise_threads, bar.update)
             result = _run(prior, min(thresholds), count, repeats, chain_count)
     ladder, runs, states, remarks = result
     return PriorMass(
@@ -150,6 +157,7 @@ def prior_mass(
         dim=layout.size,
         std=law.describe()["std"],
         replicates=repeats,
+        plan=given.describe(),
         rungs=np.array(ladder.rungs, dtype=np.float64),
         solutions=engine.points(states),
         _runs=tuple(map(tuple, runs)),
@@ -175,9 +183,10 @@ def _run(
     remarks: list[str] = []
     if ladder.rungs:
         # A rehearsal, which does not count: what it learns of the moves is fixed thereafter.
-        sizes = _sizes(_REHEARSAL_SHARE * max(n - prior.n_loss, 0), ladder, chains)
-        _, _, ladder = _one(prior, ladder, threshold, sizes, 1, rng, learn=True)
-    sizes = _sizes(max(n - prior.n_loss, 0) / replicates, ladder, chains)
+        sizes = _sizes(prior, _REHEARSAL_SHARE * max(n - prior.n_loss, 0), ladder, chains)
+        levels, _, ladder = _one(prior, ladder, threshold, sizes, 1, rng, learn=True)
+        ladder = thinned(ladder, levels, threshold)
+    sizes = _sizes(prior, max(n - prior.n_loss, 0) / replicates, ladder, chains)
     if ladder.rungs and sizes[1] < _LENGTH // 2:
         remarks.append(
             f"n = {n} pays for chains of {sizes[1]} states on each of {len(ladder.rungs)} rungs "
@@ -191,11 +200,12 @@ def _run(
     return ladder, runs, torch.cat(found), remarks
 
 
-def _sizes(losses: float, ladder: Ladder, chains: int | None) -> tuple[int, int]:
+def _sizes(prior: Prior, losses: float, ladder: Ladder, chains: int | None) -> tuple[int, int]:
     """M and K of a run that may take so many losses."""
     population = losses / (len(ladder.rungs) + 1)
     if chains is None:
-        chains = min(max(int(population / _LENGTH), _LEAST_CHAINS), _MOST_CHAINS)
+        most = min(STATE_BYTES // (prior.dim * prior.like.element_size()), _MOST_CHAINS)
+        chains = max(min(int(population / _LENGTH), most), _LEAST_CHAINS)
     # The state that a chain starts from costs nothing.
     free = len(ladder.rungs) / (len(ladder.rungs) + 1)
     return chains, max(int(population / chains + free), 2)

@@ -5,15 +5,6 @@ conditional probabilities of one rung given the one above, each the share of a p
 low enough. A population is all the states of M chains of length K (waste-free, Dau & Chopin 2022,
 J. R. Statist. Soc. B 84), which start from states of the one before.
 
-The move works on z = (θ − mean) / std with a preconditioned Crank–Nicolson step along every axis,
-
-.. math:: z' = U(\sqrt{1 - s^2}\, U^T z + s\,\xi), \qquad \xi \sim N(0, I),
-
-accepted where the loss is at or below the rung. It leaves N(0, I) invariant for any rotation U and
-any steps 0 < s ≤ 1, so both may be learned from the population above: s along an axis is in
-proportion to the population's spread (Papaioannou, Betz, Zwirglmaier & Straub 2015), and where a
-full covariance can be had U are its eigenvectors.
-
 The rungs and all that a move goes by are fixed before a run, so that its estimate of the mass is
 unbiased whether or not its chains mix. Its variance comes from its family tree (Lee & Whiteley
 2018, Biometrika 105): chains are the particles, and too many pairs with a common ancestor a few
@@ -23,7 +14,6 @@ rungs up show what the chains remember.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,10 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._backend import Backend
-from ._layout import ParameterLayout
-from ._objective import Objective
-from .engines import Dense, GeneralEngine, Plan
+from ._prior_moves import Axes, Moments, Prior, Walk, bounded
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -42,206 +29,23 @@ Bool = npt.NDArray[np.bool_]
 
 # The share of a population that the next rung keeps.
 KEPT = 0.3
+# A rung is left out where the next one still keeps this.
+_LEAST_KEPT = 0.2
 _ACCEPTANCE = 0.3
 _PILOT_GAIN = 0.6
 _LEVEL_GAIN = 1.5
 # Steps of several sizes suit regions of several widths: factors from this to 1.
-_LEAST_FACTOR = 0.3
+_LEAST_FACTOR = 0.5
 _LEAST_MULTIPLE, _MOST_MULTIPLE = 1e-6, 1e3
 # A covariance is taken whole up to this dimension, as if so many
 # states a coordinate had shown none.
 _FULL_DIM = 256
 _SHRINKAGE = 2.0
 _LEAST_SPREAD = 1e-6
-_PILOT_CHAINS = 32
+_PILOT_CHAINS = 16
 # A level that offers nothing lower is prolonged so often before it is called a plateau.
 _PATIENCE = 8
-_STATE_BYTES = 512 << 20
-
-
-class PriorEngine(GeneralEngine):
-    """The general engine around the law's mean, so that rays lose no digits to θ*."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        layout: ParameterLayout,
-        mean: Tensor,
-        std: Tensor,
-        plan: Plan,
-        backend: Backend,
-    ) -> None:
-        super().__init__(objective, layout, std, plan, backend)
-        self._theta0 = mean.to(layout.device, layout.dtype)
-
-    def points(self, z: Tensor) -> Tensor:
-        """θ of some states ``[k, d]``, as :meth:`loss` sees them."""
-        return torch.addcmul(self._theta0, self._scaled(z), torch.ones_like(z[:, :1]))
-
-
-@dataclass
-class Prior:
-    """The loss on states z, and the noise: every vector is a function of (seed, stream, index).
-
-    Args:
-        engine, backend: evaluate the loss, make the noise.
-        seed: of all noise.
-        like: a tensor of the right dtype and device.
-        noise_threads: threads that make the noise.
-        on_losses: told after every call how many losses it took.
-    """
-
-    engine: PriorEngine
-    backend: Backend
-    seed: int
-    like: Tensor
-    noise_threads: int
-    on_losses: Callable[[int], None]
-    n_loss: int = 0
-
-    @property
-    def dim(self) -> int:
-        """Coordinates that move."""
-        return self.engine.dim
-
-    def normals(self, stream: int, ids: Int) -> Tensor:
-        """Standard normal vectors ``[k, d]``."""
-        out = torch.empty((len(ids), self.dim), device=self.like.device, dtype=self.like.dtype)
-        self.backend.normals(out, self.seed, stream, ids, threads=self.noise_threads)
-        return out
-
-    def losses(self, z: Tensor) -> Float:
-        """float64 ``[k]``; what is not finite counts as infinite."""
-        parts = []
-        for first in range(0, len(z), self.engine.lanes):
-            part = z[first : first + self.engine.lanes]
-            lanes = np.arange(len(part))
-            self.engine.load(lanes, Dense(part))
-            parts.append(self.engine.loss(np.ones(len(part)), lanes).values)
-        self.n_loss += len(z)
-        self.on_losses(len(z))
-        values = np.concatenate(parts)
-        return np.where(np.isfinite(values), values, math.inf)
-
-    def draw_losses(self, stream: int, count: int) -> Float:
-        """Losses of the first ``count`` plain draws of a stream."""
-        step = self.engine.lanes
-        return np.concatenate(
-            [
-                self.losses(self.normals(stream, np.arange(first, min(first + step, count))))
-                for first in range(0, count, step)
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Rotation U ``[d, d]`` (``None``: the coordinates), and the spread along its columns.
-
-    ``spread`` is ``[d]``, or ``[chains, d]`` where each chain has its own.
-    """
-
-    rotation: Tensor | None
-    spread: Tensor
-
-
-@dataclass
-class Moments:
-    """Sums over states, for the axes and the spread along them.
-
-    Args:
-        dim: d.
-        like: a tensor on the right device.
-        full: whether to keep the whole second moment.
-    """
-
-    dim: int
-    like: Tensor
-    full: bool
-
-    def __post_init__(self) -> None:
-        self._first = torch.zeros(self.dim, device=self.like.device, dtype=torch.float64)
-        self._second = self._first.new_zeros((self.dim,) * (2 if self.full else 1))
-        self._count = 0
-
-    def add(self, z: Tensor) -> None:
-        """Adds states ``[k, d]``."""
-        exact = z.to(torch.float64)
-        self._first += exact.sum(dim=0)
-        self._second += exact.T @ exact if self.full else exact.square().sum(dim=0)
-        self._count += len(z)
-
-    def axes(self) -> Axes:
-        """What a move goes by; a whole second moment of few states is drawn to its diagonal."""
-        if self._count < 2:
-            return Axes(None, torch.ones_like(self._first).to(self.like))
-        mean = self._first / self._count
-        if not self.full or self._count < 2 * self.dim:
-            second = self._second.diagonal() if self.full else self._second
-            variance = second / self._count - mean.square()
-            # Few states give a rough variance; the law's own counts as two of them.
-            return Axes(None, _spread((self._count * variance + 2.0) / (self._count + 2.0), self))
-        covariance = self._second / self._count - torch.outer(mean, mean)
-        share = _SHRINKAGE * self.dim / (self._count + _SHRINKAGE * self.dim)
-        diagonal = covariance.diagonal().clone()
-        covariance *= 1.0 - share
-        covariance.diagonal().copy_(diagonal)
-        values, vectors = torch.linalg.eigh(covariance)
-        return Axes(vectors.to(self.like), _spread(values, self))
-
-
-def _spread(variance: Tensor, moments: Moments) -> Tensor:
-    return variance.clamp(min=_LEAST_SPREAD**2).sqrt().to(moments.like)
-
-
-@dataclass
-class Walk:
-    """The Crank–Nicolson move of one level.
-
-    Args:
-        prior: loss and noise.
-        stream: of the noise.
-        axes: along which it steps.
-        multiple: s over the spread, before the random factor.
-        rng: of the factors.
-    """
-
-    prior: Prior
-    stream: int
-    axes: Axes
-    multiple: float
-    rng: np.random.Generator
-    next_id: int = 0
-
-    def step(self, z: Tensor, losses: Float, rung: float) -> Bool:
-        """One step of every chain, in place; which ones moved."""
-        count = len(z)
-        noise = self.prior.normals(self.stream, np.arange(self.next_id, self.next_id + count))
-        self.next_id += count
-        factors = np.exp(self.rng.uniform(math.log(_LEAST_FACTOR), 0.0, size=(count, 1)))
-        s = torch.as_tensor(self.multiple * factors).to(z) * self.axes.spread
-        s.clamp_(max=1.0)
-        # Two products, for 1 - s² would lose a small s.
-        keep = ((1.0 - s) * (1.0 + s)).sqrt_()
-        if self.axes.rotation is None:
-            trial = keep * z + s * noise
-        else:
-            trial = (keep * (z @ self.axes.rotation) + s * noise) @ self.axes.rotation.T
-        values = self.prior.losses(trial)
-        accepted: Bool = values <= rung
-        index = torch.from_numpy(np.flatnonzero(accepted)).to(z.device)
-        z[index] = trial[index]
-        losses[accepted] = values[accepted]
-        return accepted
-
-    def grow(self, gap: float) -> None:
-        """Multiplies the step by e^gap."""
-        self.multiple = bounded(self.multiple * math.exp(gap))
-
-
-def bounded(multiple: float) -> float:
-    """A step within what makes sense."""
-    return min(max(multiple, _LEAST_MULTIPLE), _MOST_MULTIPLE)
+STATE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -299,7 +103,7 @@ def make_ladder(
     found: list[Axes] = []
     log_mass, multiple = 0.0, 1.0
     bytes_a_state = prior.dim * prior.like.element_size()
-    states = min(states, max(_STATE_BYTES // bytes_a_state, 2 * _PILOT_CHAINS))
+    states = min(states, max(STATE_BYTES // bytes_a_state, 2 * _PILOT_CHAINS))
     chains = min(_PILOT_CHAINS, states // 2)
     length = states // chains
     limit = prior.n_loss + most
@@ -360,6 +164,34 @@ def make_ladder(
 
 def _index(rows: Int, prior: Prior) -> Tensor:
     return torch.from_numpy(rows).to(prior.like.device)
+
+
+def thinned(ladder: Ladder, levels: list[Level], threshold: float) -> Ladder:
+    """The ladder without the rungs that a run showed to be needless.
+
+    Args:
+        ladder: of the run.
+        levels: of the run; where it did not reach the end, the ladder stays as it is.
+        threshold: where the ladder leads.
+    """
+    if len(levels) <= len(ladder.rungs):
+        return ladder
+    hits = (levels[-1].losses <= threshold).mean()
+    if not hits:
+        return ladder
+    weights = [*(level.log_weight for level in levels), levels[-1].log_weight + math.log(hits)]
+    kept, last = [], 0
+    for index in range(len(ladder.rungs)):
+        # Rung number i is that of level i + 1; the one after it is that of level i + 2, or the end.
+        if weights[index + 2] - weights[last] < math.log(_LEAST_KEPT):
+            kept.append(index)
+            last = index + 1
+    return replace(
+        ladder,
+        rungs=tuple(ladder.rungs[i] for i in kept),
+        multiples=tuple(ladder.multiples[i] for i in kept),
+        axes=tuple(ladder.axes[i] for i in kept),
+    )
 
 
 class Reservoir:

@@ -23,7 +23,7 @@ _APART = 3.0
 # Chains that carry a level, by effective number.
 _LEAST_CHAINS = 20.0
 # How many rungs up a common ancestor counts, unless most pairs have one.
-_LAG = 8
+_LAG = 4
 _MOST_RELATED = 0.5
 _LEAST_HITS = 30
 _LEAST_ACCEPTANCE = 0.02
@@ -76,7 +76,7 @@ class PriorMass:
         seed: of all noise.
         dim: parameters that move.
         std: the law's standard deviation, JSON-ready; tensors by their digest.
-        replicates: independent runs.
+        replicates: independent runs. plan: how it was carried out.
         rungs: losses of the ladder, descending, float64 ``[levels]``; empty where plain draws
             served.
         solutions: parameters at or below the smallest threshold, flat, ``[k, dim]`` in the working
@@ -92,6 +92,7 @@ class PriorMass:
     dim: int
     std: Any
     replicates: int
+    plan: dict[str, Any]
     rungs: Float
     solutions: Tensor
     _runs: tuple[tuple[Level, ...], ...]
@@ -296,6 +297,9 @@ class PriorMass:
             reasons.append(f"the error, {stderr:.2g} nats, is above {_MOST_ERROR:g}; raise n")
         if depth == 0:
             return reasons
+        if not all(mass.hits for mass in masses):
+            reasons.append("one of the independent runs died out above the threshold; raise n")
+            masses = [mass for mass in masses if mass.hits]
         if any(
             abs(a.log_mass - b.log_mass) > _APART * math.sqrt(a.variance + b.variance)
             for i, a in enumerate(masses)

@@ -23,14 +23,14 @@ from .measures import Gaussian, Lebesgue
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback of :func:`fastvol.estimate` is told after each block of directions.
+    """What a callback of :func:`fastvol.estimate` is told after each block of directions, or run.
 
     Args:
-        n_done, n: directions settled, and asked for.
+        n_done, n: directions settled, and asked for; for chains the states of one run, twice.
         threshold: the threshold that is being worked on.
         log_radii: of the directions settled so far, float64 ``[n_done]``.
         log_volume_metric, stderr: the estimate from them, in metric coordinates, nats; before the
-            audit, and without the verdict on its reliability.
+            audit, and without the verdict on its reliability; a run of chains has no error alone.
         seconds: since the run began.
     """
 
@@ -129,6 +129,13 @@ class Problem:
         """Σ log s of the metric."""
         scale = self.metric_scale[self.metric_scale > 0].to(self.layout.dtype)
         return float(scale.to(torch.float64).log().sum())
+
+    @property
+    def log_constant(self) -> float:
+        """What makes a log mean weight the answer in metric coordinates, nats."""
+        if isinstance(self.measure, Gaussian):
+            return -0.5 * self.offset_squared
+        return self.backend.log_ball_volume(self.dim) + math.log(self.dim)
 
     def engine(self, lanes: int | None = None) -> GeneralEngine:
         """A new engine over this problem's rays, with the plan's number of lanes by default."""

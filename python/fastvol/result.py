@@ -237,6 +237,12 @@ class VolumeEstimate:
         return -self._rays.log_offset / self.dim if self.preconditioned else None
 
     @property
+    def _log_multiples(self) -> Float:
+        """log ρ per ray: its log length in multiples of v."""
+        norms = self._log_norms
+        return self.log_radii if norms is None else self.log_radii - norms
+
+    @property
     def method(self) -> str:
         """The method that made this estimate."""
         return str(self.config["method"])
@@ -311,7 +317,7 @@ class VolumeEstimate:
         if self.reliable:
             return self.measure.max_radius
         radius = reliable_radius(
-            self.log_radii,
+            self._log_multiples,
             self.dim,
             paired=self.paired,
             unbounded=self.status == 1,
@@ -359,7 +365,7 @@ class VolumeEstimate:
                 f"radii must not exceed the measure's max_radius, {self.measure.max_radius}"
             )
         return lebesgue_profile(
-            self.log_radii,
+            self._log_multiples,
             self.dim,
             radii=chosen,
             paired=self.paired,

@@ -55,7 +55,13 @@ def named_law(lab: Laboratory, name: str) -> Proposal | None:
             f"({lab.no_gradients}); take preconditioner=None, a diagonal, a matrix or an operator"
         )
     if name == "boundary":
-        return lab.improve(None, 32, 0)
+        learned = lab.improve(None, 32, 0)
+        if learned is None:
+            lab.remarks.append(
+                "preconditioner='boundary' made the pilot's log weights no more even; the "
+                "directions are isotropic"
+            )
+        return learned
     arguments = (problem.objective, problem.layout, problem.ray_scale)
     build: dict[str, Callable[[], Built]] = {
         "hessian": lambda: preconditioners.hessian(*arguments),
@@ -69,7 +75,7 @@ def named_law(lab: Laboratory, name: str) -> Proposal | None:
 
 
 def curvature_law(lab: Laboratory, curvature: Curvature, name: str) -> Proposal:
-    """The best law of a curvature's family (I + s|H|)^(−1/2), by the spread of pilot weights."""
+    """The best law of a curvature's family (I + s|H|)^(−1/2), by the bound of its pilot."""
     problem = lab.problem
     gap = lab.threshold - problem.loss0
     strengths: list[float]
@@ -87,17 +93,17 @@ def curvature_law(lab: Laboratory, curvature: Curvature, name: str) -> Proposal:
             matched = match_threshold(curvature, gap / variance)
             strengths = [matched * factor for factor in _FACTORS if matched > 0] + strengths
 
-    best, best_sd, worse = None, math.inf, 0
+    best, best_bound, worse = None, -math.inf, 0
     for strength in strengths:
         offset = None
         if problem.offset is not None:
             offset = curvature.tilted_offset(strength, problem.offset)
         law = Proposal(curvature.preconditioner(strength), offset, name=name)
-        sd = lab.pilot(law)[0].log_weight_sd
-        worse = worse + 1 if sd >= best_sd else 0
-        if sd < best_sd or best is None:
-            best, best_sd = law, sd
-        if best_sd < _GOOD or worse == 4:
+        bound = lab.bound(law)
+        worse = worse + 1 if bound <= best_bound else 0
+        if bound > best_bound or best is None:
+            best, best_bound = law, bound
+        if lab.pilot(best)[0].log_weight_sd < _GOOD or worse == 4:
             break
     assert best is not None
     return best
@@ -144,16 +150,13 @@ def _shifted(lab: Laboratory, preconditioner: Preconditioner, name: str) -> Prop
     mean = lab.problem.offset
     if mean is None:
         return Proposal(preconditioner, name=name)
-    best, best_sd = Proposal(preconditioner, name=name), math.inf
+    best = Proposal(preconditioner, name=name)
     for factor in _FACTORS:
         size = preconditioners.Diagonal(
             torch.full((preconditioner.dim,), factor, dtype=torch.float64)
         )
         scaled = preconditioners.compose(preconditioner, size)
         law = Proposal(scaled, scaled.rmatvec(mean[None])[0], name=name)
-        sd = lab.pilot(law)[0].log_weight_sd
-        if sd < best_sd:
-            best, best_sd = law, sd
-        if best_sd < _GOOD:
-            break
+        if lab.bound(law) > lab.bound(best):
+            best = law
     return best

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from .._path_estimate import PathEstimate, assemble_paths, final_log_scale
-from .._problem import Problem
+from .._problem import Problem, Progress
 from .._proposal import Proposal
 from ..engines import GeneralEngine
 from ..result import Rays
@@ -85,6 +85,8 @@ class Laboratory:
     Args:
         problem, engine, threshold: of the run.
         budget: what may be spent.
+        pilots: of the laws seen so far, by identity.
+        remarks: what the result should say.
     """
 
     problem: Problem
@@ -92,6 +94,7 @@ class Laboratory:
     threshold: float
     budget: Budget
     pilots: dict[int, tuple[Pilot, Rays]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     _kept: list[Proposal | None] = field(default_factory=list)
 
     def pilot(self, law: Proposal | None) -> tuple[Pilot, Rays]:
@@ -104,6 +107,11 @@ class Laboratory:
             # Known by identity, so it must not go away.
             self._kept.append(law)
         return self.pilots[key]
+
+    def bound(self, law: Proposal | None) -> float:
+        """What the pilot of a law expects of the log mean at the least, nats."""
+        constant = 0.0 if law is None else law.log_constant
+        return self.pilot(law)[0].log_weight_mean + constant
 
     @cached_property
     def no_gradients(self) -> str:
@@ -184,6 +192,12 @@ def run_paths(
         bar: progress.
     """
     problem, budget = lab.problem, lab.budget
+    for name in ("antithetic", "first_crossing"):
+        if getattr(problem, name):
+            raise ValueError(
+                f"{name}=True is for independent rays (method='radial' or 'preconditioned'); the "
+                f"chains of method={method!r} cannot have it"
+            )
     began = time.perf_counter()
     rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, 17])
     chains, _ = chains_for(problem, _CHAINS * _SHORT_LENGTH)
@@ -202,10 +216,11 @@ def run_paths(
             may_go_on=lambda so_far: so_far.n_loss + GRADIENT_COST * so_far.n_grad < most,
         )
         budget.add(rays.n_loss, rays.n_grad)
+        bar.update(1)
+        _tell(lab, run)
         return run
 
     short = one(law, chains, _SHORT_LENGTH, 0, max(budget.left, 0.5 * budget.total))
-    bar.update(1)
     # The first state of a chain on a level is its ancestor's, and costs nothing.
     price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * (short.length - 1))
     replicates = problem.replicates
@@ -228,7 +243,6 @@ def run_paths(
         share = max(budget.left, 0.0) / (replicates - index)
         most = _RUNAWAY * max(share, price * chains * length)
         runs.append(one(laws[-1], chains, length, 2 + index, most))
-        bar.update(1)
     reentrant = _reentrance(lab, laws[0], runs[0])
     now = time.perf_counter()
     pilot = lab.pilot(law)[0]
@@ -240,7 +254,11 @@ def run_paths(
         "preconditioner": [None if each is None else each.describe() for each in laws],
         "replicates": replicates,
     }
-    provenance = {**problem.provenance, "run_seconds": now - began, "remarks": remarks}
+    provenance = {
+        **problem.provenance,
+        "run_seconds": now - began,
+        "remarks": [*lab.remarks, *remarks],
+    }
     for run in (short, *runs):
         run.final = None
     return assemble_paths(
@@ -260,6 +278,23 @@ def run_paths(
         reentrant=reentrant,
         log_constant_error=max(0.0 if each is None else each.log_constant_error for each in laws),
     )
+
+
+def _tell(lab: Laboratory, run: Run) -> None:
+    """Calls the callbacks after a run, with its own estimate."""
+    problem = lab.problem
+    for callback in problem.callbacks:
+        callback(
+            Progress(
+                n_done=len(run.log_radii),
+                n=len(run.log_radii),
+                threshold=lab.threshold,
+                log_radii=run.log_radii.copy(),
+                log_volume_metric=run.log_mean + problem.log_constant,
+                stderr=math.nan,
+                seconds=time.perf_counter() - problem.began,
+            )
+        )
 
 
 def _reentrance(lab: Laboratory, law: Proposal | None, run: Run) -> tuple[float, float]:
@@ -292,6 +327,8 @@ def has_gradients(problem: Problem, engine: GeneralEngine, source: RayLoss) -> s
     source.load(lane, lane)
     try:
         _, gradient = engine.loss_and_grad(np.array([problem.typical_radius]), lane)
+    except (TypeError, AttributeError):
+        return "it returns a number, not a tensor that remembers how it was made"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not bool(torch.isfinite(gradient).all()):

@@ -123,6 +123,8 @@ class Pilot:
         log_cap: where the search ends.
         metric_log_cap: where the measure itself ends it, in log length of the ray.
         log_weight_sd: standard deviation of the pilot's log weights, nats.
+        log_weight_mean: their mean. With the constant of the law of the directions it bounds the
+            answer from below in expectation, so that of two laws the one with more is the better.
     """
 
     start_log_radius: float
@@ -133,6 +135,7 @@ class Pilot:
     log_cap: float
     metric_log_cap: float
     log_weight_sd: float = math.nan
+    log_weight_mean: float = math.nan
 
     def describe(self) -> dict[str, float | None]:
         """JSON-ready."""
@@ -254,7 +257,8 @@ def make_pilot(
         rtol=rtol,
         log_cap=log_cap,
         metric_log_cap=metric_cap,
-        log_weight_sd=float(weights[usable].std()) if usable.all() else math.inf,
+        log_weight_sd=float(weights.std()) if usable.all() else math.inf,
+        log_weight_mean=float(weights.mean()) if usable.all() else -math.inf,
     )
     return pilot, rays
 

@@ -52,6 +52,7 @@ def anneal(
         remarks: further warnings.
     """
     problem, trouble = lab.problem, lab.no_gradients
+    start = start or given_law(lab)
     notes = list(remarks)
     if trouble:
         notes.append(
@@ -59,7 +60,6 @@ def anneal(
             "ten times as expensive"
         )
         warnings.warn(f"loss_fn: {notes[-1]}", FastvolWarning, stacklevel=5)
-    start = start or given_law(lab)
     law = start if problem.preconditioner is None else lab.improve(start, 32, 0)
     rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, 29])
 

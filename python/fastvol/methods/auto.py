@@ -53,7 +53,7 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
         law, tried = auto_law(lab)
     best_sd = lab.pilot(law)[0].log_weight_sd
     found = f"standard deviation of the pilot's log weights, nats: {', '.join(tried)}"
-    if best_sd <= _EVEN:
+    if best_sd <= _EVEN or problem.antithetic or problem.first_crossing:
         return _rays(lab, bar, law)
     price = _LOSSES_A_NAT_WITHOUT_GRADIENT if lab.no_gradients else _LOSSES_A_NAT
     needed = price * best_sd
@@ -84,7 +84,7 @@ def _rays(
         pilot=lab.pilot(law)[0],
         n_loss=lab.budget.n_loss,
         n_grad=lab.budget.n_grad,
-        notes=notes,
+        notes=(*lab.remarks, *notes),
     )
 
 

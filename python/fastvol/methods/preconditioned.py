@@ -51,7 +51,7 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
         pilot=lab.pilot(law)[0],
         n_loss=lab.budget.n_loss,
         n_grad=lab.budget.n_grad,
-        notes=notes,
+        notes=(*lab.remarks, *notes),
     )
 
 

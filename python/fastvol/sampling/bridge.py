@@ -25,6 +25,8 @@ Int = npt.NDArray[np.int64]
 
 _MOST_STEPS = 100
 _TOLERANCE = 1e-9
+# States, in effect, that levels below and above a gap must share.
+_LEAST_OVERLAP = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class Bridge:
         score[level, np.arange(len(level))] -= 1.0
         self._influence = np.zeros_like(score)
         self._influence[1:] = self._divide(self._shares, score[1:])
+        self.connected = self._is_connected()
+
+    def _is_connected(self) -> bool:
+        """Whether every level shares states with the next, so that their ratio is known at all."""
+        common = self._shares @ self._shares.T
+        return all(float(common[:t, t:].sum()) > _LEAST_OVERLAP for t in range(1, len(common)))
 
     def _mix(self, log_densities: Float, f: Float) -> tuple[Float, Float]:
         """Log of the mixture's density at each state, and each level's share of it."""
@@ -88,7 +96,10 @@ class Bridge:
         # Levels that do not overlap leave J singular; their error is then found large.
         ridge = 1e-12 * float(np.trace(j)) / len(j)
         inner = j[1:, 1:] + ridge * np.eye(len(j) - 1)
-        solved: Float = scipy.linalg.solve(inner, right, assume_a="pos")
+        try:
+            solved: Float = scipy.linalg.solve(inner, right, assume_a="pos")
+        except np.linalg.LinAlgError:
+            solved = np.linalg.pinv(inner) @ right
         return solved
 
     def _solve(self, log_densities: Float, start: Float | None) -> Float:
@@ -129,6 +140,8 @@ class Bridge:
         share = np.exp(terms - top)
         log_mean = top + math.log(float(share.sum()))
         share /= share.sum()
+        if not self.connected:
+            return Mean(log_mean, math.inf, *self._spread(share))
         slope = self._shares @ share
         influence = share + slope @ self._influence
         return Mean(log_mean, self._error(influence), *self._spread(share))

@@ -234,9 +234,11 @@ class RayField:
             result[part] = np.isfinite(losses) & (losses <= self.threshold)
         return result
 
-    def reaches(self, rows: Directions, log_density: Float, level: Level) -> tuple[Float, Bool]:
-        """Where rays have to reach for a level's density, and whether they do: one loss each."""
-        asked = self.least_log_multiple(rows, log_density, level)
+    def reaches(self, rows: Directions, log_target: Float, level: Level) -> tuple[Float, Bool]:
+        """Where rays have to reach for a level's log target, and whether they do: one loss each."""
+        if self._shifted:
+            log_target = log_target + self.offsets(rows) + self.dim * rows.log_norm
+        asked = self.least_log_multiple(rows, log_target, level)
         met = np.isfinite(asked)
         possible = np.flatnonzero(met)
         if len(possible):
@@ -260,6 +262,20 @@ class RayField:
         return level.beta * self.log_weight(
             population.log_radii, population.shift, population.log_offset, level.log_scale
         )
+
+    def log_target(self, population: Population, level: Level) -> Float:
+        """Log density of a level on the sphere, nats ``[k]``: that of the directions' law included.
+
+        A shifted law of directions has density I_d(∞, a) up to a constant.
+        """
+        density = self.log_density(population, level)
+        if not self._shifted:
+            return density
+        return density - population.log_offset - self.dim * population.log_norm
+
+    @property
+    def _shifted(self) -> bool:
+        return self.proposal is not None and self.proposal.offset is not None
 
     def least_log_multiple(self, rows: Directions, log_density: Float, level: Level) -> Float:
         """The log multiple of v from which on a level's density reaches ``log_density``, ``[k]``.
@@ -355,7 +371,10 @@ class RayField:
         mean = self.problem.offset
         if mean is not None:
             force = force + self._shift_force(units, rows, x, shift, mean, level)
-        force = torch.nan_to_num(level.beta * force, nan=0.0, posinf=0.0, neginf=0.0)
+        force = level.beta * force
+        if self._shifted:
+            force = force + self._law_force(rows, units, 1.0 - level.beta)
+        force = torch.nan_to_num(force, nan=0.0, posinf=0.0, neginf=0.0)
         if smoothed:
             most = _SMOOTHED * force.abs().mean(dim=1, keepdim=True)
             force = torch.maximum(torch.minimum(force, most), -most)
@@ -403,11 +422,20 @@ class RayField:
         preconditioner = self.proposal.preconditioner
         inverse = np.exp(-rows.log_norm)
         force = _column(by_b * inverse, units) * preconditioner.rmatvec(mean[None])
-        force = force - _column(by_b * shift * inverse**2, units) * preconditioner.rmatvec(rows.v)
-        if self.proposal.offset is not None:
-            by_a = derivative(np.full(len(x), math.inf), rows.proposal_shift, 0.0)
-            force = force - _column(by_a, units) * self.proposal.offset.to(units)
-        return force
+        back = preconditioner.rmatvec(rows.v)
+        return force - _column(by_b * shift * inverse**2, units) * back
+
+    def _law_force(self, rows: Directions, units: Tensor, share: float) -> Tensor:
+        """``share`` times ∇log I_d(∞, a) / d: what the shifted law of directions pulls with."""
+        assert self.proposal is not None
+        assert self.proposal.offset is not None
+        step = _STEP * max(1.0, 0.1 * math.sqrt(self.dim))
+        low, high = (
+            ray_offsets(self.dim, np.zeros(len(units)), rows.proposal_shift + change)
+            for change in (0.5 * step, -0.5 * step)
+        )
+        slope = (high - low) / step / self.dim
+        return _column(share * slope, units) * self.proposal.offset.to(units)
 
 
 def log_weight(

@@ -32,9 +32,9 @@ _TARGET_ACCEPTANCE = 0.7
 # A move of which fewer chains than this are accepted is made again with a shorter step.
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
-# Steps longer than this need no other force; below it each is tried this often first.
+# Steps longer than this need no other force; below it the smoothed one is tried so often first.
 _COMFORTABLE = 0.05
-_TRIALS = 12
+_TRIALS = 8
 _MOST_SHRINKS = 60
 _PCN_ACCEPTANCE = 0.35
 
@@ -140,16 +140,21 @@ class Hamiltonian:
             force, guess = field.force(q, self._log_multiple, level, smoothed=self._smoothed)
             v = v + (0.5 * epsilon) * force
         proposed = field.measure(q, guess)
-        gained = field.log_density(proposed, level) - field.log_density(state, level)
+        gained = field.log_target(proposed, level) - field.log_target(state, level)
         log_ratio = gained + before - _kinetic(v, d)
         return proposed, np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
 
     def _choose_force(self) -> None:
         plain, smoothed = self._sizes
+        tried = self._tried[1]
         if not self.adapt or plain > _COMFORTABLE:
             self._smoothed = False
-        elif min(self._tried) < _TRIALS:
-            self._smoothed = self._tried[1] < self._tried[0]
+        elif tried == 0:
+            self._sizes[1] = plain
+            self._smoothed = True
+        elif tried < _TRIALS:
+            # It is given up as soon as it needs the shorter steps.
+            self._smoothed = smoothed > 0.7 * plain
         else:
             self._smoothed = smoothed > plain
 
@@ -200,7 +205,7 @@ class GreatCircleSlice:
         h = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
         h -= (h * q).sum(dim=1, keepdim=True) * q
         h /= h.norm(dim=1, keepdim=True)
-        height = field.log_density(state, level) + np.log(self.rng.uniform(size=count))
+        height = field.log_target(state, level) + np.log(self.rng.uniform(size=count))
         angle = self.rng.uniform(0.0, 2.0 * math.pi, size=count)
         low, high = angle - 2.0 * math.pi, angle.copy()
         result = state.take(np.arange(count))
@@ -274,7 +279,7 @@ class CrankNicolson:
             np.sqrt(self.rng.chisquare(field.dim, size=count)), device=q.device, dtype=q.dtype
         )
         z = q * length[:, None]
-        height = field.log_density(state, level) + np.log(self.rng.uniform(size=count))
+        height = field.log_target(state, level) + np.log(self.rng.uniform(size=count))
         moved = np.zeros(count, dtype=np.bool_)
         reached = np.zeros(count)
         for _ in range(self.repeats):

@@ -65,6 +65,11 @@ class Run:
     n_loss: int = 0
     n_grad: int = 0
 
+    @property
+    def log_mean(self) -> float:
+        """Log mean of the last level's density, by the increments alone, nats."""
+        return float(sum(self.log_increments)) + self.log_constant
+
     def append(
         self,
         population: Population,
@@ -198,6 +203,7 @@ def temper(
         if not np.isfinite(population.log_radii).all():
             run.stopped = "a ray of no length was met"
             break
+        run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
         if not may_go_on(run):
             run.stopped = "the budget was spent"
             break
