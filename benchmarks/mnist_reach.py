@@ -1,4 +1,4 @@
-"""How far the profile of a trained MNIST network reaches: plain rays, annealed and splitting chains.
+"""How far the profile of a trained MNIST network reaches: plain rays, and two kinds of chains.
 
     python -m benchmarks.mnist_reach --data DIR [--n N] [STAGE …]
 

@@ -16,6 +16,7 @@ from . import (
     invariance,
     known_answers,
     path_coverage,
+    prior,
     reach,
     refusals,
     stationarity,
@@ -32,6 +33,7 @@ PROOFS = {
     "invariance": invariance.run,
     "path_coverage": path_coverage.run,
     "trained": trained.run,
+    "prior": prior.run,
 }
 
 

@@ -10,6 +10,8 @@ from . import losses, preconditioners
 from ._comparison import Comparison, compare
 from ._estimate import estimate
 from ._path_estimate import PathEstimate
+from ._prior import prior_mass
+from ._prior_result import PriorMass, PriorPoint, PriorProfile
 from ._problem import Progress
 from ._profile import Profile
 from ._symmetry import SymmetryLogCount, symmetry_log_count
@@ -30,6 +32,9 @@ __all__ = [
     "Lebesgue",
     "NotAvailableError",
     "PathEstimate",
+    "PriorMass",
+    "PriorPoint",
+    "PriorProfile",
     "Profile",
     "Progress",
     "SymmetryLogCount",
@@ -40,5 +45,6 @@ __all__ = [
     "load",
     "losses",
     "preconditioners",
+    "prior_mass",
     "symmetry_log_count",
 ]

@@ -3,9 +3,9 @@ r"""An estimate from Markov chains along a path of targets, and its error.
 Every run gives, through the multistate bridge over its own states, the log mean of any weight over
 the law of its directions. The main runs are combined by their sampling errors. To that error are
 added, in quadrature, the spread of the runs and what too little mixing may cost: the difference to
-a shorter run, carried on to the longer one as if it fell like 1/K,
+a shorter run, carried on to the longer one as if it fell like 1/K, and half as much again,
 
-.. math:: |\log Z_K - \log Z_{K'}|\,K' / (K - K').
+.. math:: \tfrac32\,|\log Z_K - \log Z_{K'}|\,K' / (K - K').
 
 Chains that mix too little find too small a volume; averaging more of them does not cure that,
 longer ones do.
@@ -49,7 +49,8 @@ Float = npt.NDArray[np.float64]
 
 # An interval of few runs is wider than the normal one.
 _MIN_ESS = 30.0
-_MIN_LENGTH = 8
+_MIN_LENGTH = 12
+_MOST_MEMORY = 0.4
 _MAX_SHARE = 0.2
 _MOST_ERROR = 1.0
 _APART = 3.0
@@ -58,6 +59,7 @@ _GRID = 48
 _LEAST_ERROR = 0.01
 _COLLAPSED = 1e-3
 _STRETCH = 1e-4
+_EVEN = 0.01
 _UNBOUNDED_SHARE = 1e-3
 _MOST_REENTRANT = 0.9
 _RUN_ARRAYS = ("level", "cluster", "log_radii", "shift", "log_offset", "status")
@@ -152,7 +154,7 @@ def combine_runs(
     if short is not None:
         long_k, short_k = lengths
         gap = abs(float(values[0]) - short[0]) if math.isfinite(short[0]) else math.inf
-        drift = gap * short_k / max(long_k - short_k, 1)
+        drift = 1.5 * gap * short_k / max(long_k - short_k, 1)
     return Combined(
         log_mean=value,
         stderr=math.hypot(sampling, spread, drift),
@@ -495,6 +497,12 @@ def mixing_trouble(runs: Sequence[Run]) -> list[str]:
                 "trajectories were cut short by the cap on leapfrog steps on "
                 f"{sum(share > 0.5 for share in capped)} of {len(capped)} levels"
             )
+        memory = [report.get("memory", 0.0) for report in told]
+        if memory and max(memory[len(memory) // 2 :]) > _MOST_MEMORY:
+            troubles.append(
+                f"chains still lie where they started when a level ends (correlation up to "
+                f"{max(memory[len(memory) // 2 :]):.2f}): raise n"
+            )
         stuck = [report.get("stuck", 0.0) for report in told]
         if stuck and max(stuck) > 0.1:
             troubles.append("slices were not met: the loss is not a function of the point alone")
@@ -547,10 +555,11 @@ def assemble_paths(
     metric_volume = log_mean + constant - 0.5 * offset_squared
 
     trouble = mixing_trouble(runs)
-    if runs[0].length < _MIN_LENGTH or (short is not None and runs[0].length < 2 * short.length):
-        trouble.append(
-            f"chains of {runs[0].length} states a level are too short to tell whether they mix"
-        )
+    length = runs[0].length
+    too_short = length < _MIN_LENGTH or (short is not None and length < 2 * short.length)
+    # Where all weights are even there is nothing to mix.
+    if too_short and combined.sampling > _EVEN:
+        trouble.append(f"chains of {length} states a level are too short to tell whether they mix")
     trouble += [
         f"a run ended before the path did: {run.stopped}" for run in runs if not run.finished
     ]

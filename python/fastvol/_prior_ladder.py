@@ -34,14 +34,8 @@ _LEAST_KEPT = 0.2
 _ACCEPTANCE = 0.3
 _PILOT_GAIN = 0.6
 _LEVEL_GAIN = 1.5
-# Steps of several sizes suit regions of several widths: factors from this to 1.
-_LEAST_FACTOR = 0.5
-_LEAST_MULTIPLE, _MOST_MULTIPLE = 1e-6, 1e3
-# A covariance is taken whole up to this dimension, as if so many
-# states a coordinate had shown none.
+# A covariance is taken whole up to this dimension.
 _FULL_DIM = 256
-_SHRINKAGE = 2.0
-_LEAST_SPREAD = 1e-6
 _PILOT_CHAINS = 16
 # A level that offers nothing lower is prolonged so often before it is called a plateau.
 _PATIENCE = 8
@@ -69,16 +63,16 @@ class Ladder:
     log_mass: float
 
 
-def next_rung(losses: Float, rung: float, threshold: float) -> float | None:
-    """The loss that about :data:`KEPT` of a population lie at or below, strictly below ``rung``.
+def next_rung(losses: Float, threshold: float) -> float | None:
+    """The loss that about :data:`KEPT` of a population lie at or below, and not all of it.
 
-    Never below the threshold; ``None`` where the population has nothing below ``rung``.
+    Never below the threshold; ``None`` where all losses are one.
     """
     ordered = np.sort(losses)
     quantile = float(ordered[max(math.ceil(KEPT * len(ordered)) - 1, 0)])
-    if quantile >= rung or quantile == math.inf:
+    if quantile == ordered[-1]:
         # A plateau: the highest of what lies below it.
-        below = ordered[ordered < rung]
+        below = ordered[ordered < quantile]
         if not len(below):
             return None
         quantile = float(below[-1])
@@ -115,7 +109,7 @@ def make_ladder(
         return Ladder(tuple(rungs), tuple(multiples), tuple(found), plateau, reached, log_mass)
 
     while True:
-        low = next_rung(losses, rung, threshold)
+        low = next_rung(losses, threshold)
         if low is None or low <= threshold:
             hit = float(np.mean(losses <= threshold))
             log_mass += math.log(hit) if hit else 0.0

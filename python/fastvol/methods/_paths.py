@@ -31,7 +31,7 @@ GRADIENT_COST = 3
 _CHAINS = 32
 _MANY_CHAINS = 64
 _SHORT_LENGTH = 4
-_LEAST_LENGTH = 8
+_LEAST_LENGTH = 12
 # Length of the shorter run that tells about mixing, over that of the main ones.
 _SHORT_SHARE = 0.25
 _MOST_LENGTH = 64
@@ -44,7 +44,7 @@ _RAY_PRICE = 8
 _FIRST_STREAM = 1000
 _LEARNING_STREAM = 500
 _AUDITED = 64
-_RUNAWAY = 3.0
+_RUNAWAY = 2.0
 
 MakeMove = Callable[[torch.Generator, np.random.Generator], Move]
 
@@ -132,7 +132,7 @@ class Laboratory:
         limit = self.budget.spent + _LEARNING_SHARE * self.budget.total
         return learn(
             lambda candidate: self.open(candidate, chains),
-            lambda candidate: self.pilot(candidate)[0].log_weight_sd,
+            lambda candidate: (self.bound(candidate), self.pilot(candidate)[0].log_weight_sd),
             law,
             affordable=lambda count: self.budget.spent + _RAY_PRICE * count < limit,
             charge=lambda rays: self.budget.add(rays.n_loss, rays.n_grad),

@@ -118,7 +118,7 @@ def diagonal(
     """
     with preserved(objective.module.model):
         n_grad = require_gradient(objective, layout, "diagonal")
-        products = Products(objective, layout, scale, "hessian")
+        products = Products(objective, layout, scale, "hessian", name="diagonal")
         exact = products.dim <= n_probes
         if exact:
             H = products(torch.eye(products.dim, dtype=torch.float64))
@@ -182,7 +182,7 @@ def lowrank(
     if rest not in ("mean", "parameter"):
         raise ValueError(f"rest must be 'mean' or 'parameter', got {rest!r}")
     with preserved(objective.module.model):
-        products = Products(objective, layout, scale, kind, via)
+        products = Products(objective, layout, scale, kind, via, name="lowrank")
         d = products.dim
         wanted = max(1, min(64, d // 10)) if rank is None else int(rank)
         if not 1 <= wanted <= d:

@@ -63,6 +63,7 @@ class Products:
         scale: Tensor,
         kind: Kind,
         via: Via = "torch",
+        name: str | None = None,
     ) -> None:
         if kind == "ggn" and not objective.module.with_data:
             raise ValueError(
@@ -70,6 +71,8 @@ class Products:
                 "model's outputs from the loss on them; use preconditioner='hessian'"
             )
         self.kind = kind
+        # What errors call it.
+        self._name = name or kind
         self.n_products = 0
         self._objective = objective
         self._layout = layout
@@ -102,7 +105,7 @@ class Products:
         given = given.to(layout.device)
         total = torch.zeros((len(rows), self.dim), dtype=torch.float64)
         weight = 0.0
-        with _quiet(), _explained(self.kind):
+        with _quiet(), _explained(self._name):
             for batch_weight, product in self._batch_products():
                 weight += batch_weight
                 for start in range(0, len(rows), self._chunk):
@@ -113,7 +116,7 @@ class Products:
         total *= self._scale / weight
         if not bool(torch.isfinite(total).all()):
             raise FastvolError(
-                f"preconditioner={self.kind!r}: the second derivatives of loss_fn at the model's "
+                f"preconditioner={self._name!r}: the second derivatives of loss_fn at the model's "
                 "parameters are not finite; use preconditioner='boundary', which needs none"
             )
         return total
@@ -317,14 +320,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(kind: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except FastvolError:
         raise
     except Exception as error:
         raise FastvolError(
-            f"preconditioner={kind!r} needs second derivatives of loss_fn, which PyTorch does not "
+            f"preconditioner={name!r} needs second derivatives of loss_fn, which PyTorch does not "
             f"give here ({type(error).__name__}: {error}); use preconditioner='boundary', which "
             "needs only gradients"
         ) from error

@@ -2,7 +2,9 @@
 
 One set of points and normals on the boundary does not tell the power with which the loss grows, on
 which the right step depends (see :func:`fastvol.preconditioners.from_boundary`); so several are
-tried, and the one that evens out the weights of fresh rays is kept.
+tried, and the one whose fresh rays have the highest mean log weight is kept: that bounds the log
+volume from below in expectation, by as much as the law of the directions is wrong (the
+Kullback–Leibler divergence).
 """
 
 from __future__ import annotations
@@ -24,26 +26,27 @@ MOST_DENSE = 2000
 _DIAGONAL_RAYS = 256
 _POWERS = (0.25, 0.5, 1.0)
 _ROUNDS = 4
-# A smaller gain is not worth another round.
-_GAIN = 0.9
+# Nats; a smaller gain is not worth another round.
+_GAIN = 0.5
 # Log weights this even cannot be told from even ones by so few rays.
 _EVEN = 0.05
 
 
 def learn(
     open_field: Callable[[Proposal | None], RayField],
-    spread: Callable[[Proposal | None], float],
+    judge: Callable[[Proposal | None], tuple[float, float]],
     start: Proposal | None,
     *,
     affordable: Callable[[int], bool],
     charge: Callable[[RayField], None],
     stream: int,
 ) -> Proposal | None:
-    """Improves the law of the directions while that evens out the weights.
+    """Improves the law of the directions while that raises the bound of its pilot.
 
     Args:
         open_field: the rays of a law.
-        spread: standard deviation of the log weights under a law, nats.
+        judge: what the pilot of a law expects of the log mean at the least (the mean of its log
+            weights, constants included), and their standard deviation, nats.
         start: the law to begin with; one that is not shifted.
         affordable: whether so many rays, each with its gradient, may still be paid for.
         charge: told what has been spent.
@@ -52,12 +55,13 @@ def learn(
     Returns:
         ``start`` itself where nothing was gained.
     """
-    best, best_sd = start, spread(start)
+    best = start
+    best_bound, sd = judge(start)
     for round_number in range(_ROUNDS):
         field = open_field(best)
         count = 2 * field.dim if field.dim <= MOST_DENSE else _DIAGONAL_RAYS
         count = max(count, 64)
-        if best_sd < _EVEN or not affordable(count):
+        if sd < _EVEN or not affordable(count):
             break
         points, normals = boundary(field, count, stream + round_number)
         charge(field)
@@ -71,35 +75,13 @@ def learn(
             if not math.isfinite(learned.logabsdet):
                 continue
             law = Proposal(learned, name="boundary")
-            sd = spread(law)
-            if sd < best_sd * _required(learned, previous):
-                best, best_sd, gained = law, sd, True
+            bound, spread = judge(law)
+            # The pilot knows its mean to sd / √32.
+            if bound > best_bound + max(_GAIN, 0.2 * spread):
+                best, best_bound, sd, gained = law, bound, spread, True
         if not gained:
             break
     return best
-
-
-def _required(learned: Preconditioner, previous: Preconditioner | None) -> float:
-    """What factor the spread must fall by: less than 0.9, and more for a more eccentric P.
-
-    A P that stretches some directions 10⁵ times as far as others evens out the bulk of the weights
-    of many a body, and makes its tail worse.
-    """
-    stretch = math.log10(max(_condition(learned) / _condition(previous), 1.0))
-    return max(0.2, _GAIN - 0.1 * stretch)
-
-
-def _condition(preconditioner: Preconditioner | None) -> float:
-    if preconditioner is None:
-        return 1.0
-    if isinstance(preconditioner, Diagonal):
-        values = preconditioner.values
-    elif preconditioner.dim <= MOST_DENSE:
-        eye = torch.eye(preconditioner.dim, dtype=torch.float64)
-        values = torch.linalg.svdvals(preconditioner.matvec(eye))
-    else:
-        return 1.0
-    return float(values.max() / values.min())
 
 
 def boundary(field: RayField, count: int, stream: int) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,22 @@ def ladder(log_scale: float, ess_share: float = _ESS_SHARE) -> Path:
     return following
 
 
+def _memory(first: torch.Tensor, last: torch.Tensor) -> float:
+    """Correlation of where the chains of a level started with where they ended, 0 to 1.
+
+    Over chains and coordinates, of the squares u_i²: which arms of a body a chain lies in. Signs
+    matter less, since most losses hardly tell them.
+    """
+    if first.shape[1] < 2:
+        return 0.0
+    before, after = (
+        (u.to(torch.float64).square() - u.to(torch.float64).square().mean(dim=0))
+        for u in (first, last)
+    )
+    scale = float(before.norm() * after.norm())
+    return max(float((before * after).sum()) / scale, 0.0) if scale > 0 else 1.0
+
+
 def _ess_share(log_weight: Float) -> float:
     weights = np.exp(log_weight - log_weight.max())
     return float(weights.sum() ** 2 / np.square(weights).sum()) / len(weights)
@@ -221,7 +237,8 @@ def temper(
             state = move.step(rays, state, level)
             parts.append(state)
         population = Population.join(parts)
-        run.append(population, level, chains, move.report())
+        told = {**move.report(), "memory": _memory(parts[0].units, state.units)}
+        run.append(population, level, chains, told)
         run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
     run.final = population
     return run
