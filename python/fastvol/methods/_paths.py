@@ -45,6 +45,8 @@ _FIRST_STREAM = 1000
 _LEARNING_STREAM = 500
 _AUDITED = 64
 _RUNAWAY = 2.0
+# Log weights of a smaller deviation, nats, take no path.
+_EVEN = 0.01
 
 MakeMove = Callable[[torch.Generator, np.random.Generator], Move]
 
@@ -225,6 +227,8 @@ def run_paths(
     price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * (short.length - 1))
     replicates = problem.replicates
     states = max(budget.left, 0.0) / (replicates + _SHORT_SHARE) / price
+    if lab.pilot(law)[0].log_weight_sd < _EVEN:
+        states = min(states, _CHAINS * _LEAST_LENGTH)
     chains, length = chains_for(problem, states)
     if length < _LEAST_LENGTH:
         remarks = [

@@ -27,7 +27,7 @@ _DIAGONAL_RAYS = 256
 _POWERS = (0.25, 0.5, 1.0)
 _ROUNDS = 4
 # Nats; a smaller gain is not worth another round.
-_GAIN = 0.5
+_GAIN = 0.01
 # Log weights this even cannot be told from even ones by so few rays.
 _EVEN = 0.05
 
