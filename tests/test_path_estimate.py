@@ -355,7 +355,7 @@ def test_a_shorter_run_tells_of_the_mixing():
     lost = combined(one(1.0), short=(-math.inf, math.inf))
     assert lost.stderr == math.inf
     assert not lost.reliable
-    assert combined(one(1.0), short=(0.9, 0.1), lengths=(5, 5)).drift == pytest.approx(0.5)
+    assert combined(one(1.0), short=(0.9, 0.1), lengths=(5, 5)).drift == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from .. import preconditioners
 from .._proposal import Proposal
-from ..errors import FastvolError
+from ..errors import FastvolError, FastvolWarning
 from ..measures import Gaussian
 from ..preconditioners import Built, Curvature, Preconditioner, match_threshold
 from ._paths import GRADIENT_COST, Laboratory
@@ -127,7 +128,10 @@ def auto_law(lab: Laboratory) -> tuple[Proposal | None, list[str]]:
         if 2 * GRADIENT_COST * count > affordable:
             continue
         try:
-            law = named_law(lab, name)
+            with warnings.catch_warnings():
+                # Nobody asked for this curvature; the pilot judges what it is worth.
+                warnings.simplefilter("ignore", FastvolWarning)
+                law = named_law(lab, name)
         except (FastvolError, ValueError, RuntimeError) as error:
             tried.append(f"{name} failed ({str(error).splitlines()[0]})")
             continue
