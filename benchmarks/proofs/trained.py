@@ -60,7 +60,7 @@ def tanh(short: bool) -> dict[str, Any]:
 
 def _size(increase: float, short: bool) -> float:
     if short:
-        return 5e3 if increase != HARD else 2e3
+        return 1e4 if increase != HARD else 2e3
     return 1e5 if increase != HARD else 3e4
 
 
