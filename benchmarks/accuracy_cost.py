@@ -26,7 +26,7 @@ STYLES = {
     "annealed": ("#D55E00", "^"),
     "splitting": ("#009E73", "D"),
 }
-TITLE = "Plain rays stay nats away at any cost; preconditioning or annealing closes the gap"
+TITLE = "Error against cost on bodies of known volume: filled where the run calls itself reliable"
 # An exact answer has no place on a logarithmic axis.
 LEAST_SHOWN = 1e-3
 
@@ -55,7 +55,7 @@ def made(short: bool) -> dict[str, Callable[[], bodies.Body]]:
 
 def cases(short: bool) -> list[Case]:
     """Every method on every body."""
-    sizes = (300, 3_000) if short else (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+    sizes = (300, 3_000) if short else (100, 300, 1_000, 3_000, 10_000)
     return [Case(body, method, n) for n in sizes[::-1] for body in made(short) for method in STYLES]
 
 
