@@ -1,6 +1,6 @@
 """Runs the proofs and keeps what they found: ``python -m benchmarks.proofs [--short] [NAME …]``.
 
-A proof that fails raises; what passed before it is on record.
+A proof that fails raises; what passed before it is on record, and what it found itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from . import (
     stationarity,
     trained,
 )
+from .runs import ProofError
 
 PROOFS = {
     "known_answers": known_answers.run,
@@ -51,11 +52,17 @@ def main() -> None:
         if options.names and name not in options.names:
             continue
         began = time.perf_counter()
-        found = proof(options.short)
+        failure = None
+        try:
+            found = proof(options.short)
+        except ProofError as failed:
+            failure, found = failed, failed.found
         seconds = time.perf_counter() - began
         payload = {"proof": name, "short": options.short, "seconds": seconds, **found}
         path = record(f"proof_{name}", payload, folder=options.results)
-        print(f"{name}: passed in {seconds:.0f} s, {path.name}")
+        print(f"{name}: {'FAILED' if failure else 'passed'} in {seconds:.0f} s, {path.name}")
+        if failure is not None:
+            raise failure
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import bodies, compounds
-from .runs import each, seeded
+from .runs import each, seeded, verdict
 
 _THIN = "nearly all of it lies in spikes that the moves cannot follow: steps collapse"
 _CORNERS = "one kink crowds on another near its corners: the gradient says little of the far end"
@@ -57,11 +57,17 @@ def cases(short: bool) -> list[Case]:
 def run(short: bool) -> dict[str, Any]:
     """All rows. Raises AssertionError where one that must keep its limits does not."""
     rows = each(_case, len(cases(short)), short)
-    missed = [row["case"] for row in rows if not row["met"] and row["kind"] == "asserted"]
-    assert not missed, missed
-    silent = [row["case"] for row in rows if row["misses_beyond_3"] > row["of_them_flagged"]]
-    assert not silent, silent
-    return {"reported": REPORTED, "cases": rows}
+    missed = [
+        f"over its limits: {row['case']}"
+        for row in rows
+        if not row["met"] and row["kind"] == "asserted"
+    ]
+    silent = [
+        f"missed in silence: {row['case']}"
+        for row in rows
+        if row["misses_beyond_3"] > row["of_them_flagged"]
+    ]
+    return verdict({"reported": REPORTED, "cases": rows}, missed + silent)
 
 
 def _case(index: int, short: bool) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def _kinked(short: bool) -> list[Case]:
     """Bodies whose gradient jumps."""
     limits: dict[str, Any] = {"error": 0.5, "loss": 1e5, "gradients": 2e5}
     shapes: list[tuple[Callable[..., bodies.Body], float]] = [
-        (bodies.l1_ball, 6e4),
+        (bodies.l1_ball, 5e4),
         (functools.partial(bodies.lp_ball, p=0.5), 3e4),
         (bodies.simplex, 7e4),
     ]
@@ -197,7 +203,7 @@ def _kinked(short: bool) -> list[Case]:
         return [Case("", functools.partial(bodies.l1_ball, 20), "annealed", 1e4, **limits)]
     return [
         # Of what is only reported fewer seeds are run.
-        Case("", functools.partial(body, d), "annealed", n, **limits, seeds=10 if n == 6e4 else 3)
+        Case("", functools.partial(body, d), "annealed", n, **limits, seeds=10 if n == 5e4 else 3)
         for d in (50, 100)
         for body, n in shapes
     ]

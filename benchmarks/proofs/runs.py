@@ -24,6 +24,21 @@ _ROUNDING = 1e-6
 _APART = 3.0
 
 
+class ProofError(AssertionError):
+    """A proof that did not hold, with all that it found."""
+
+    def __init__(self, problems: Sequence[Any], found: dict[str, Any]) -> None:
+        super().__init__(problems)
+        self.found = {"failed": [str(problem) for problem in problems], **found}
+
+
+def verdict(found: dict[str, Any], problems: Sequence[Any]) -> dict[str, Any]:
+    """``found``, if there are no problems; they are raised with it else."""
+    if problems:
+        raise ProofError(problems, found)
+    return found
+
+
 def seeded(
     name: str,
     model: nn.Module,

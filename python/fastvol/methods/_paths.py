@@ -18,7 +18,7 @@ from .._problem import Problem, Progress
 from .._proposal import Proposal
 from ..engines import GeneralEngine
 from ..result import Rays
-from ..sampling.field import RayField, log_weight
+from ..sampling.field import Level, RayField, log_weight
 from ..sampling.learning import learn
 from ..sampling.moves import Move
 from ..sampling.tempering import Path, Run, generator_on, temper
@@ -207,6 +207,11 @@ def run_paths(
     def one(law: Proposal | None, chains: int, length: int, stream: int, most: float) -> Run:
         rays = lab.open(law, chains)
         move = make_move(generator_on(problem.layout.device, rng), rng)
+
+        def may_go_on(so_far: Run) -> bool:
+            bar.set_postfix_str(f"level {len(so_far.levels)}, {_told(so_far.levels[-1])}")
+            return so_far.n_loss + GRADIENT_COST * so_far.n_grad < most
+
         run = temper(
             rays,
             path,
@@ -215,7 +220,7 @@ def run_paths(
             length=length,
             rng=rng,
             stream=_FIRST_STREAM + stream,
-            may_go_on=lambda so_far: so_far.n_loss + GRADIENT_COST * so_far.n_grad < most,
+            may_go_on=may_go_on,
         )
         budget.add(rays.n_loss, rays.n_grad)
         bar.update(1)
@@ -282,6 +287,12 @@ def run_paths(
         reentrant=reentrant,
         log_constant_error=max(0.0 if each is None else each.log_constant_error for each in laws),
     )
+
+
+def _told(level: Level) -> str:
+    if level.beta < 1.0 or not math.isfinite(level.log_scale):
+        return f"beta {level.beta:.2g}"
+    return f"scale {math.exp(level.log_scale):.3g}"
 
 
 def _tell(lab: Laboratory, run: Run) -> None:

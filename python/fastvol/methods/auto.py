@@ -109,3 +109,7 @@ class _Runs:
     def update(self, runs: int) -> None:
         """Moves on by some runs."""
         self._bar.update(int(runs * self._share))
+
+    def set_postfix_str(self, text: str) -> None:
+        """Says how far the current run is."""
+        self._bar.set_postfix_str(text)
