@@ -139,7 +139,6 @@ def test_unknown_strings(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("engine", "layered"),
         ("engine", "inplace"),
         ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
@@ -513,7 +512,9 @@ def test_caps(max_radius: Any) -> None:
         {"chunk": "4"},
         {"chunk": 1.0},
         {"block": None},
-        {"engine": "layered"},
+        {"engine": "inplace"},
+        {"rows": -1},
+        {"cached": 1},
         {"backend": "triton"},
         {"backend": "torch"},
         {"surprise": 1},

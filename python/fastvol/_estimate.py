@@ -21,7 +21,7 @@ from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
 from ._state import preserved, unwrap
 from ._version import __version__
-from .engines import Plan, measure_plan
+from .engines import Plan, choose_plan
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
@@ -144,7 +144,9 @@ def estimate(  # type: ignore[misc]
         noise: ``"full"``.
         first_crossing: scan every ray for a crossing before the one found, instead of the rays that
             carry the weight and a few at random.
-        engine: ``"auto"`` or ``"general"``.
+        engine: ``"layered"`` evaluates a traced model with a ray axis, and makes what is linear in
+            the parameters once a direction; ``"general"`` runs any module. ``"auto"`` measures both
+            where the model can be traced; ``provenance["engine_reason"]`` says why it chose.
         backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
         device: must be the model's own, if given.
         lanes: rays in flight; measured by default.
@@ -218,7 +220,8 @@ def estimate(  # type: ignore[misc]
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None
         if given_plan is None:
-            given_plan, trouble = measure_plan(
+            given_plan, trouble = choose_plan(
+                engine,
                 objective,
                 layout,
                 ray_scale,
@@ -296,6 +299,7 @@ def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dic
         "machine": platform.machine(),
         "device": str(layout.device),
         "engine": plan.engine,
+        "engine_reason": plan.reason,
         "backend": plan.backend,
         "fell_back": [] if trouble is None else [f"vmap: {trouble}"],
     }

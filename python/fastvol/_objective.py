@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler
@@ -83,6 +84,8 @@ class Objective:
         self._batches: list[Batch] | None = None
         self._reference_targets: list[Any] | None = None
         self._largest_batch = 0
+        # What an engine has written down of the loss, by whatever that depends on.
+        self.graphs: dict[Any, dict[Any, Any]] = {}
         self.epsilon = torch.finfo(torch.float32).eps
         if data is None:
             self._batches = [Batch((), {}, None, 1.0)]
@@ -115,6 +118,11 @@ class Objective:
         """A guess at the activations that one ray needs: some times its largest batch of inputs."""
         return _ACTIVATIONS_PER_INPUT * self._largest_batch
 
+    @property
+    def largest_batch(self) -> int:
+        """Examples of the largest batch in memory."""
+        return max((_examples(b.args or b.kwargs) for b in self._batches or ()), default=0)
+
     def batches(self) -> Iterator[Batch]:
         """The batches in order, without those in which no example counts."""
         if self._batches is not None:
@@ -126,6 +134,31 @@ class Objective:
             # The mean over no target at all is NaN.
             if batch.weight:
                 yield batch
+
+    def split(self, batch: Batch, rows: int) -> list[Batch]:
+        """Batches of at most ``rows`` examples each that have the same weighted mean.
+
+        That holds where the loss is a mean over examples that do not see each other. A batch whose
+        parts do not all have as many rows comes back whole.
+        """
+        everything = (batch.args, batch.kwargs, batch.target)
+        parts, spec = pytree.tree_flatten(everything)
+        lengths = {p.shape[0] for p in parts if isinstance(p, Tensor) and p.dim()}
+        if (
+            not rows
+            or len(lengths) != 1
+            or any(isinstance(p, Tensor) and not p.dim() for p in parts)
+        ):
+            return [batch]
+        (length,) = lengths
+        result = []
+        for first in range(0, length, rows):
+            some = [p[first : first + rows] if isinstance(p, Tensor) else p for p in parts]
+            args, kwargs, target = pytree.tree_unflatten(some, spec)
+            examples = min(rows, length - first)
+            weight = _mean_weight(self._loss_fn, target, examples)
+            result.append(Batch(args, kwargs, target, weight))
+        return [part for part in result if part.weight]
 
     def call(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
         """What the user's loss returns for one batch; its exceptions are named after it.

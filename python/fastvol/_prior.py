@@ -20,7 +20,7 @@ from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, 
 from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
 from ._state import preserved, unwrap
-from .engines import measure_plan
+from .engines import measure_plan, warn_of_single_rays
 from .measures import Gaussian
 
 _LEAST_N = 1000
@@ -131,7 +131,7 @@ def prior_mass(
         objective = Objective(inner, loss_fn, data, layout.device)
         objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         if given is None:
-            given, _ = measure_plan(
+            given, trouble = measure_plan(
                 objective,
                 layout,
                 scale,
@@ -142,6 +142,7 @@ def prior_mass(
                 rays=count,
             )
             torch.set_num_threads(given.threads)
+            warn_of_single_rays(given, trouble)
             given = replace(given, lanes=lanes, chunk=min(given.chunk, lanes), keep_rows=True)
         engine = PriorEngine(objective, layout, center, scale, given, backend)
         with _bar(count, progress) as bar:

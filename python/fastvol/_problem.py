@@ -17,7 +17,7 @@ from torch import Tensor
 from ._backend import Backend
 from ._layout import ParameterLayout
 from ._objective import Objective
-from .engines import GeneralEngine, Plan
+from .engines import GeneralEngine, Plan, open_engine
 from .measures import Gaussian, Lebesgue
 
 
@@ -142,7 +142,7 @@ class Problem:
         plan = self.plan
         if lanes is not None:
             plan = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes))
-        return GeneralEngine(
+        return open_engine(
             self.objective, self.layout, self.ray_scale, plan, self.backend, self.offset
         )
 

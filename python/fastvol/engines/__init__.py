@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..errors import NotAvailableError
-from .general import GeneralEngine, Plan, measure_plan
+from .general import GeneralEngine, Plan, measure_plan, warn_of_single_rays
+from .planning import choose_plan, open_engine
 from .protocol import Capabilities, Dense, Engine, Indexed, LinearOperator, Losses, RayInfo
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "Plan",
     "RayInfo",
     "check_name",
+    "choose_plan",
     "measure_plan",
+    "open_engine",
+    "warn_of_single_rays",
 ]
 
-_LATER = ("layered", "inplace")
+_LATER = ("inplace",)
 
 
 def check_name(engine: str) -> None:
@@ -33,7 +37,7 @@ def check_name(engine: str) -> None:
         raise NotAvailableError(
             f"engine={engine!r} is not part of this version; engine='auto' serves every module"
         )
-    if engine not in ("auto", "general"):
+    if engine not in ("auto", "general", "layered"):
         raise ValueError(
             f"engine must be one of 'auto', 'general', 'layered', 'inplace', got {engine!r}"
         )

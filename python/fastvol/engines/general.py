@@ -26,11 +26,11 @@ from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo,
 
 # Rows of noise are kept from one evaluation of a ray to the next up to this size; beyond it they
 # are made anew each time, in the same pass that perturbs the parameters.
-_ROWS_BYTES = 512 << 20
+ROWS_BYTES = 512 << 20
 # Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
 _CHUNK_BYTES = 256 << 20
 _SINGLE_LANES = 4
-_PROBE_STREAM = 2
+PROBE_STREAM = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Plan:
         backend: who runs the loop and makes the noise.
         block: directions per block.
         reason: why this chunk, in words.
+        rows: examples that the layered engine takes at once; 0 is a whole batch.
+        cached: whether it keeps what is linear in the parameters for all radii of a direction.
     """
 
     engine: str
@@ -60,6 +62,8 @@ class Plan:
     backend: str
     block: int = 1024
     reason: str = ""
+    rows: int = 0
+    cached: bool = False
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -76,10 +80,17 @@ class Plan:
             plan = cls(**description)
         except TypeError as error:
             raise ValueError(f"plan is not the plan of a result: {error}") from error
-        if plan.engine != "general":
-            raise ValueError(f"plan has the engine {plan.engine!r}; this version has 'general'")
-        if type(plan.keep_rows) is not bool:
-            raise ValueError(f"plan['keep_rows'] must be True or False, got {plan.keep_rows!r}")
+        if plan.engine not in ("general", "layered"):
+            raise ValueError(
+                f"plan has the engine {plan.engine!r}; this version has 'general' and 'layered'"
+            )
+        for name in ("keep_rows", "cached"):
+            if type(getattr(plan, name)) is not bool:
+                raise ValueError(
+                    f"plan[{name!r}] must be True or False, got {getattr(plan, name)!r}"
+                )
+        if type(plan.rows) is not int or plan.rows < 0:
+            raise ValueError(f"plan['rows'] must be a whole number from 0, got {plan.rows!r}")
         cores = os.cpu_count() or 1
         most = {"chunk": 2**16, "lanes": 2**16, "block": 2**16}
         for name in (*most, "threads", "noise_threads"):
@@ -162,7 +173,7 @@ class GeneralEngine:
                 )
         else:
             rows = self._rows_for_writing()
-            span = _span(lanes)
+            span = span_of(lanes)
             target = (
                 torch.empty((count, self.dim), device=rows.device, dtype=rows.dtype)
                 if span is None
@@ -191,11 +202,10 @@ class GeneralEngine:
                 f"directions must have shape {(len(lanes), self.dim)}, got "
                 f"{tuple(directions.shape)}"
             )
-        exact = directions.to(torch.float64)
-        norm = exact.norm(dim=1).cpu().numpy()
+        norm = torch.linalg.vector_norm(directions, dim=1, dtype=torch.float64).cpu().numpy()
         dot = np.zeros(len(lanes))
         if self._project is not None:
-            dot = (exact @ self._project).cpu().numpy()
+            dot = (directions.to(torch.float64) @ self._project).cpu().numpy()
         if rays.preconditioner is not None:
             directions = rays.preconditioner.matvec(directions)
         self._rows_for_writing()[torch.from_numpy(lanes).to(directions.device)] = self._scaled(
@@ -307,7 +317,7 @@ class GeneralEngine:
             torch.add(self._theta0, self._rows[lane], alpha=float(coefficient[0]), out=theta[0])
         else:
             rows = self._rows
-            span = _span(lanes)
+            span = span_of(lanes)
             picked = rows[torch.from_numpy(lanes).to(rows.device)] if span is None else rows[span]
             c = torch.as_tensor(coefficient, device=theta.device, dtype=theta.dtype)
             torch.addcmul(self._theta0, picked, c[:, None], out=theta)
@@ -338,7 +348,7 @@ class GeneralEngine:
         return _as_floats(values, count), slopes
 
 
-def _span(lanes: Int) -> slice | None:
+def span_of(lanes: Int) -> slice | None:
     """Consecutive ascending lanes as a slice, which needs no copy."""
     first, stop = int(lanes[0]), int(lanes[0]) + len(lanes)
     return slice(first, stop) if np.array_equal(lanes, np.arange(first, stop)) else None
@@ -392,7 +402,7 @@ def measure_plan(
             engine="general",
             chunk=chunk,
             lanes=lane_count,
-            keep_rows=lane_count * bytes_per_ray <= _ROWS_BYTES,
+            keep_rows=lane_count * bytes_per_ray <= ROWS_BYTES,
             dtype=str(layout.dtype).removeprefix("torch."),
             threads=threads,
             noise_threads=most_threads,
@@ -405,7 +415,7 @@ def measure_plan(
         """Of the faster thread count, with that count and the losses."""
         engine = GeneralEngine(objective, layout, scale, plan_for(chunk, chunk, 1), backend)
         ids = np.arange(chunk)
-        engine.load(ids, Indexed(0, ids, stream=_PROBE_STREAM))
+        engine.load(ids, Indexed(0, ids, stream=PROBE_STREAM))
         radii = np.full(chunk, radius)
         first = values = engine.loss(radii).values
         best, best_threads = float("inf"), most_threads
@@ -421,7 +431,7 @@ def measure_plan(
                 spent += elapsed
                 if spent > 0.03:
                     break
-        if chunk == 1 and not _agree(values[0], first[0], tolerance):
+        if chunk == 1 and not losses_agree(values[0], first[0], tolerance):
             raise ValueError(
                 f"loss_fn gave {first[0]!r} and then {values[0]!r} at the same perturbed "
                 "parameters; it must be a fixed function of them"
@@ -442,7 +452,7 @@ def measure_plan(
         except (FastvolError, TypeError, ValueError, RuntimeError) as error:
             trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
             break
-        if not _agree(values[0], reference[0], tolerance):
+        if not losses_agree(values[0], reference[0], tolerance):
             trouble = f"vmap gave a loss of {values[0]} where one ray alone gave {reference[0]}"
             best_chunk, best_seconds, best_threads = 1, single, threads
             break
@@ -455,11 +465,6 @@ def measure_plan(
         previous = seconds
         chunk *= 2
     if trouble is not None and best_chunk == 1:
-        warnings.warn(
-            f"rays are evaluated one at a time: vmap cannot run this model and loss ({trouble})",
-            FastvolWarning,
-            stacklevel=4,
-        )
         reason = f"vmap: {trouble}"
     else:
         reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
@@ -467,7 +472,18 @@ def measure_plan(
     return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 
-def _agree(a: float, b: float, tolerance: float) -> bool:
+def warn_of_single_rays(plan: Plan, trouble: str | None) -> None:
+    """Warns where the general engine has to take one ray at a time."""
+    if trouble is not None and plan.engine == "general" and plan.chunk == 1:
+        warnings.warn(
+            f"rays are evaluated one at a time: vmap cannot run this model and loss ({trouble})",
+            FastvolWarning,
+            stacklevel=4,
+        )
+
+
+def losses_agree(a: float, b: float, tolerance: float) -> bool:
+    """Whether two losses are equal to a relative tolerance, or both not finite."""
     if not (np.isfinite(a) and np.isfinite(b)):
         return bool(np.isfinite(a) == np.isfinite(b))
     return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -341,7 +342,10 @@ def has_gradients(problem: Problem, engine: GeneralEngine, source: RayLoss) -> s
     source.assign(np.array([0]))
     source.load(lane, lane)
     try:
-        _, gradient = engine.loss_and_grad(np.array([problem.typical_radius]), lane)
+        with warnings.catch_warnings():
+            # PyTorch's advice to a loss that leaves it; that is what is being asked here.
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+            _, gradient = engine.loss_and_grad(np.array([problem.typical_radius]), lane)
     except (TypeError, AttributeError):
         return "it returns a number, not a tensor that remembers how it was made"
     except Exception as error:

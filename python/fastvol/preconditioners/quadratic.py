@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from .._layout import digest
@@ -408,6 +407,9 @@ def match_threshold(curvature: Curvature, gap: float, mu: Tensor | None = None) 
         return math.exp(log_low)
     if log_ratio(log_high) >= 0:
         return math.exp(log_high)
+    # Slow to import.
+    from scipy.optimize import brentq
+
     return math.exp(brentq(log_ratio, log_low, log_high, xtol=1e-10))
 
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
-from scipy.special import logsumexp
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -87,7 +85,7 @@ class Bridge:
     def _mix(self, log_densities: Float, f: Float) -> tuple[Float, Float]:
         """Log of the mixture's density at each state, and each level's share of it."""
         terms = log_densities - (f - np.log(self._counts))[:, None]
-        log_mixture: Float = np.asarray(logsumexp(terms, axis=0))
+        log_mixture: Float = np.logaddexp.reduce(terms, axis=0)
         return log_mixture, np.exp(terms - log_mixture)
 
     def _divide(self, shares: Float, right: Float) -> Float:
@@ -96,8 +94,11 @@ class Bridge:
         # Levels that do not overlap leave J singular; their error is then found large.
         ridge = 1e-12 * float(np.trace(j)) / len(j)
         inner = j[1:, 1:] + ridge * np.eye(len(j) - 1)
+        # Slow to import.
+        from scipy.linalg import solve
+
         try:
-            solved: Float = scipy.linalg.solve(inner, right, assume_a="pos")
+            solved: Float = solve(inner, right, assume_a="pos")
         except np.linalg.LinAlgError:
             solved = np.linalg.pinv(inner) @ right
         return solved
@@ -119,7 +120,7 @@ class Bridge:
             if not longest < 2.0:
                 # Far from the solution: the fixed point, which always goes the right way.
                 log_mixture, _ = self._mix(log_densities, f)
-                fixed = np.asarray(logsumexp(log_densities - log_mixture, axis=1))
+                fixed = np.logaddexp.reduce(log_densities - log_mixture, axis=1)
                 f = fixed - fixed[0]
                 continue
             f[1:] += step

@@ -1,0 +1,203 @@
+"""The layered engine: a traced model with a ray axis, for feed-forward nets of any shape."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._backend import Backend
+from ..._layout import ParameterLayout
+from ..._objective import Batch, Objective
+from ..general import GeneralEngine, Plan, span_of
+from ..protocol import Float, Int, Losses, RayInfo, Rays
+from .program import Program
+from .tracing import Traced, UntraceableError, signature, trace
+
+
+class LayeredEngine(GeneralEngine):
+    """Losses by a traced graph, its first linear layers made once a direction.
+
+    Args:
+        objective, layout, scale, plan, backend, project: as for :class:`GeneralEngine`.
+
+    Raises:
+        UntraceableError: why the model cannot be evaluated so.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        layout: ParameterLayout,
+        scale: Tensor,
+        plan: Plan,
+        backend: Backend,
+        project: Tensor | None = None,
+    ) -> None:
+        super().__init__(objective, layout, scale, plan, backend, project)
+        if not objective.in_memory:
+            raise UntraceableError("the data are read anew for every evaluation")
+        if not layout.is_single_dtype:
+            raise UntraceableError("the parameters have several dtypes")
+        # s⊙z of every coordinate, where some do not move.
+        self._full: Tensor | None = None
+        if self._index is not None:
+            self._full = torch.zeros((plan.lanes, layout.size)).to(self._theta0)
+        self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
+        self._traced = _traced_parts(objective, layout, plan.rows)
+        self._programs = [
+            Program(traced, part, self._start, lanes=plan.lanes, cached=plan.cached)
+            for traced, part in self._traced
+        ]
+        # Lanes whose direction the programs have not seen: gradients do not need them to.
+        self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
+        self._weight = sum(program.weight for program in self._programs)
+        # One stretch of the flat layout holds all parameters that are not kept in another form.
+        segments = layout.segments
+        self._moved = sorted({i for program in self._programs for i in program.moved})
+        self._from = min((segments[i].start for i in self._moved), default=0)
+        self._to = max((segments[i].stop for i in self._moved), default=0)
+
+    def load(self, lanes: Int, rays: Rays) -> RayInfo:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        info = super().load(lanes, rays)
+        if self._full is not None:
+            assert self._rows is not None
+            index = torch.from_numpy(lanes).to(self._full.device)
+            full = torch.zeros((len(lanes), self._layout.size)).to(self._full)
+            full[:, self._index] = self._rows[index]
+            self._full[index] = full
+        self._fresh[lanes] = True
+        return info
+
+    @property
+    def bytes_kept(self) -> int:
+        """What is kept of one direction for all its radii."""
+        return sum(program.bytes_of_changes for program in self._programs)
+
+    def _show(self, lanes: Int) -> None:
+        """Lets the programs make what they keep of some directions."""
+        if len(lanes):
+            for program in self._programs:
+                program.load(lanes, self._direction)
+            self._fresh[lanes] = False
+
+    def _direction(self, lane: int, position: int) -> Tensor:
+        """s⊙z of one parameter ``[1, *shape]``."""
+        s = self._layout.segments[position]
+        return self._directions[lane, s.start : s.stop].view(1, *s.shape)
+
+    @property
+    def _directions(self) -> Tensor:
+        """s⊙z of every coordinate ``[lanes, size]``."""
+        rows = self._rows if self._full is None else self._full
+        assert rows is not None
+        return rows
+
+    def loss(self, radii: Float, lanes: Int | None = None) -> Losses:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        lanes = np.arange(self.lanes) if lanes is None else lanes
+        total = np.zeros(len(lanes))
+        with torch.no_grad():
+            self._show(lanes[self._fresh[lanes]])
+            for first in range(0, len(lanes), self._plan.chunk):
+                part = slice(first, first + self._plan.chunk)
+                total[part] = self._chunk(radii[part], lanes[part])
+        return Losses(total / self._weight)
+
+    def _chunk(self, radii: Float, lanes: Int) -> Float:
+        span = span_of(lanes)
+        coefficient = self._coefficient(radii, lanes)
+        moved = self._parameters(coefficient, lanes, span)
+        total = np.zeros(len(lanes))
+        for program in self._programs:
+            values = program.loss(lanes, coefficient, moved, span)
+            total += program.weight * values.to("cpu", torch.float64).numpy()
+        return total
+
+    def _coefficient(self, radii: Float, lanes: Int) -> Tensor:
+        """What s⊙z is multiplied with ``[k]``."""
+        c = radii * self._factor[lanes]
+        return torch.as_tensor(c, device=self._theta0.device, dtype=self._theta0.dtype)
+
+    def _parameters(self, coefficient: Tensor, lanes: Int, span: slice | None) -> dict[int, Tensor]:
+        """W + c·Z of the parameters that are not kept in another form, by position."""
+        if not self._moved:
+            return {}
+        part = slice(self._from, self._to)
+        picked = self._picked(lanes, span, part)
+        theta = torch.addcmul(self._theta0[part], picked, coefficient[:, None])
+        segments = self._layout.segments
+        return {
+            i: theta[:, segments[i].start - self._from : segments[i].stop - self._from].view(
+                len(lanes), *segments[i].shape
+            )
+            for i in self._moved
+        }
+
+    def _picked(self, lanes: Int, span: slice | None, part: slice) -> Tensor:
+        """A stretch of the directions on some lanes."""
+        rows = self._directions
+        if span is not None:
+            return rows[span, part]
+        return rows[:, part].index_select(0, torch.from_numpy(lanes).to(rows.device))
+
+    def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
+        """See :class:`fastvol.engines.protocol.Engine`."""
+        lanes = np.arange(self.lanes) if lanes is None else lanes
+        total = np.zeros(len(lanes))
+        gradients = torch.zeros((len(lanes), self._layout.size)).to(self._theta0)
+        for first in range(0, len(lanes), self._plan.chunk):
+            part = slice(first, first + self._plan.chunk)
+            total[part] = self._chunk_with_grad(radii[part], lanes[part], gradients[part])
+        if self._index is not None:
+            gradients = gradients[:, self._index]
+        return total / self._weight, self._scaled(gradients.div_(self._weight))
+
+    def _chunk_with_grad(self, radii: Float, lanes: Int, gradients: Tensor) -> Float:
+        """Adds the gradients of some rays to ``gradients`` ``[k, size]``; returns their losses."""
+        coefficient = self._coefficient(radii, lanes)
+        segments = self._layout.segments
+        with torch.no_grad():
+            picked = self._picked(lanes, span_of(lanes), slice(0, self._layout.size))
+            theta = torch.addcmul(self._theta0, picked, coefficient[:, None])
+        parameters = [
+            theta[:, s.start : s.stop].view(len(lanes), *s.shape).requires_grad_() for s in segments
+        ]
+        total = np.zeros(len(lanes))
+        for program in self._differentiable:
+            with torch.enable_grad():
+                values = program.loss(lanes, coefficient, dict(enumerate(parameters)), None)
+                slopes = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
+            total += program.weight * values.detach().to("cpu", torch.float64).numpy()
+            for s, slope in zip(segments, slopes, strict=True):
+                if slope is not None:
+                    part = gradients[:, s.start : s.stop]
+                    part.add_(slope.reshape(len(lanes), -1), alpha=program.weight)
+        return total
+
+    @cached_property
+    def _differentiable(self) -> list[Program]:
+        """The programs in a form that remembers how its values were made."""
+        return [
+            Program(traced, part, self._start, lanes=0, cached=False, differentiable=True)
+            for traced, part in self._traced
+        ]
+
+
+def _traced_parts(
+    objective: Objective, layout: ParameterLayout, rows: int
+) -> list[tuple[Traced, Batch]]:
+    """The batches in parts of at most ``rows`` examples, each with its graph."""
+    # Parts of one shape share a graph, which lasts as long as the objective.
+    graphs = objective.graphs.setdefault(layout.segments, {})
+    result = []
+    for batch in objective.batches():
+        for part in objective.split(batch, rows):
+            key = signature(part)
+            if key not in graphs:
+                graphs[key] = trace(objective, layout, part)
+            result.append((graphs[key], part))
+    return result

@@ -1,0 +1,314 @@
+"""A traced loss made ready to run: what rays share is done once, what is linear once a direction.
+
+The parameters of a ray are W + c·Z. Whatever the graph makes of them by operations that are linear
+in them, on data that all rays share, is base + c·change for every radius; base is made once, and
+change once a direction: for most small nets that is the most expensive layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from ..._objective import Batch
+from .operations import Step, Values, evaluate, operation_name, shape_of, step_for
+from .tracing import Traced, UntraceableError, arguments, is_view, leaves
+
+Int = npt.NDArray[np.int64]
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_FRESH = torch.Tag.pointwise
+
+
+@dataclass
+class _Instructions:
+    """Steps in order, each with the nodes that nobody needs after it."""
+
+    steps: list[tuple[fx.Node, Step, tuple[fx.Node, ...]]] = field(default_factory=list)
+
+    def run(self, values: Values) -> None:
+        """Fills ``values``."""
+        for node, step, dead in self.steps:
+            values[node] = step(values)
+            for gone in dead:
+                del values[gone]
+
+
+class Program:
+    """The loss of one batch.
+
+    Args:
+        traced: the graph of batches of its shape.
+        batch: the data.
+        start: the parameters at θ*, by position.
+        lanes: the most rays that are loaded at once.
+        cached: whether what is linear in the parameters is kept for all radii of a direction.
+        differentiable: whether autograd may look at the values.
+
+    Attributes:
+        moved: positions of the parameters that :meth:`loss` has to be given.
+        weight: of the batch.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        batch: Batch,
+        start: Sequence[Tensor],
+        *,
+        lanes: int,
+        cached: bool,
+        differentiable: bool = False,
+    ) -> None:
+        self._graph = traced.graph
+        self._lanes = lanes
+        self._differentiable = differentiable
+        self.weight = batch.weight
+        self.nonnegative = False
+        nodes = list(traced.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        self._parameters = inputs[: traced.n_parameters]
+        tensors = [part for part in leaves(batch) if isinstance(part, Tensor)]
+        data = dict(zip(inputs[traced.n_parameters :], tensors, strict=True))
+        (output,) = (node for node in nodes if node.op == "output")
+        self._result = output.args[0]
+        self._shared = self._evaluate_shared(nodes, data, traced.constants)
+        if not isinstance(self._result, fx.Node) or self._result in self._shared:
+            raise UntraceableError("the loss does not depend on the parameters")
+        if shape_of(self._result).numel() != 1:
+            raise UntraceableError("the loss is not a scalar")
+        self._linear = _linear_nodes(nodes, self._parameters, self._shared) if cached else set()
+        self._compile(nodes, start)
+        self._channels_last()
+
+    def _evaluate_shared(
+        self, nodes: Sequence[fx.Node], data: Mapping[fx.Node, Tensor], constants: Mapping[str, Any]
+    ) -> Values:
+        """Everything that no parameter reaches."""
+        shared: Values = dict(data)
+        with torch.no_grad():
+            for node in nodes:
+                if node.op == "get_attr":
+                    shared[node] = constants[str(node.target)]
+                elif node.op == "call_function" and all(
+                    part in shared for part in node.all_input_nodes
+                ):
+                    shared[node] = evaluate(node, shared)
+        return shared
+
+    def _compile(self, nodes: Sequence[fx.Node], start: Sequence[Tensor]) -> None:
+        rays = {
+            node
+            for node in nodes
+            if node not in self._shared and node.op in ("placeholder", "call_function")
+        }
+        nonlinear = [n for n in nodes if n in rays and n not in self._linear and _is_call(n)]
+        wanted = {part for node in nonlinear for part in node.all_input_nodes}
+        if self._result in self._linear:
+            wanted.add(self._result)
+        # Made by the engine, once for all batches.
+        parameters = set(self._parameters)
+        self.moved = [i for i, node in enumerate(self._parameters) if node in wanted]
+        self._kept = [n for n in nodes if n in self._linear and n in wanted and n not in parameters]
+        # Autograd needs the values that a step in place would overwrite.
+        reusable = None if self._differentiable else set(self._kept)
+        self._steps = _instructions(nonlinear, rays, self._shared, self._result, reusable=reusable)
+        # The same operations on W give the base, and on Z the change.
+        needed = _ancestors(self._kept)
+        linear = [n for n in nodes if n in self._linear and n in needed and _is_call(n)]
+        self._changes = _instructions(linear, rays, self._shared, None, keep=set(self._kept))
+        base: Values = {**self._shared}
+        for node, tensor in zip(self._parameters, start, strict=True):
+            base[node] = tensor[None]
+        with torch.no_grad():
+            self._changes.run(base)
+        self._base = {node: base[node][0] for node in self._kept}
+        self._change = {node: _rows_like(value, self._lanes) for node, value in self._base.items()}
+        self._used = [i for i, node in enumerate(self._parameters) if node in needed]
+        self.nonnegative = operation_name(self._result) in (
+            "cross_entropy_loss",
+            "mse_loss",
+            "l1_loss",
+            "binary_cross_entropy_with_logits",
+        )
+        reached = set(nonlinear) | set(linear)
+        used = {part for node in reached for part in node.all_input_nodes}
+        self._shared = {node: value for node, value in self._shared.items() if node in used}
+
+    def _channels_last(self) -> None:
+        """Images in the order in which convolutions on a CPU are fastest."""
+        for node, value in list(self._shared.items()):
+            if not isinstance(value, Tensor) or value.dim() != 4 or value.device.type != "cpu":
+                continue
+            users = [user for user in node.users if user.op == "call_function"]
+            if users and all(operation_name(user) == "conv2d" for user in users):
+                self._shared[node] = value.contiguous(memory_format=torch.channels_last)
+
+    @property
+    def bytes_of_changes(self) -> int:
+        """What is kept for one direction."""
+        return sum(v[0].numel() * v.element_size() for v in self._change.values())
+
+    def load(self, lanes: Int, parameter: Callable[[int, int], Tensor]) -> None:
+        """Makes what is linear for new directions.
+
+        Args:
+            lanes: where they are.
+            parameter: (lane, position) to s⊙z of one parameter, ``[1, *shape]``.
+        """
+        if not self._kept:
+            return
+        for lane in lanes.tolist():
+            values = {**self._shared}
+            for i in self._used:
+                values[self._parameters[i]] = parameter(lane, i)
+            self._changes.run(values)
+            for node in self._kept:
+                self._change[node][lane].copy_(values[node][0])
+
+    def loss(
+        self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
+    ) -> Tensor:
+        """The loss of this batch on some rays ``[k]``.
+
+        Args:
+            lanes: int64 ``[k]``.
+            coefficient: c ``[k]``.
+            moved: W + c·Z of the parameters :attr:`moved`, ``[k, *shape]`` by position.
+            span: the lanes as a slice, where they are one.
+        """
+        values = {**self._shared}
+        for i in self.moved:
+            values[self._parameters[i]] = moved[i]
+        for node in self._kept:
+            base, change = self._base[node], self._change[node]
+            if span is None:
+                total = _rows_like(base, len(lanes))
+                for k, (lane, c) in enumerate(
+                    zip(lanes.tolist(), coefficient.tolist(), strict=True)
+                ):
+                    torch.add(base, change[lane], alpha=c, out=total[k])
+            else:
+                c = coefficient.view(-1, *(1,) * base.dim())
+                total = torch.addcmul(base, change[span], c)
+            values[node] = total
+        self._steps.run(values)
+        result: Tensor = values[self._result].reshape(len(lanes))
+        return result
+
+
+def _rows_like(value: Tensor, count: int) -> Tensor:
+    """Room for ``count`` of a tensor, each in its memory order."""
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda axis: strides[axis], reverse=True)
+    back = [order.index(axis) + 1 for axis in range(value.dim())]
+    shape = (count, *(value.shape[axis] for axis in order))
+    return torch.empty(shape, dtype=value.dtype, device=value.device).permute(0, *back)
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function"
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes themselves and everything that they are made from."""
+    seen: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    return seen
+
+
+def _linear_nodes(
+    nodes: Sequence[fx.Node], parameters: Sequence[fx.Node], shared: Values
+) -> set[fx.Node]:
+    """The nodes that are linear in the parameters, without a constant of their own."""
+    linear = set(parameters)
+    for node in nodes:
+        if _is_call(node) and node not in shared and _is_linear(node, linear, shared):
+            linear.add(node)
+    return linear
+
+
+def _is_linear(node: fx.Node, linear: set[fx.Node], shared: Values) -> bool:
+    name = operation_name(node)
+    if not name:
+        return False
+    given = arguments(node)
+    if name == "linear" or name in _CONVOLUTIONS:
+        bias = given["bias"]
+        from_weight = given["input"] in shared and given["weight"] in linear
+        return from_weight and (bias is None or bias in linear)
+    if name == "embedding":
+        return given["weight"] in linear and given["indices"] in shared
+    if name == "add":
+        return given["self"] in linear and given["other"] in linear and given["alpha"] == 1
+    inputs = node.all_input_nodes
+    moves_only = is_view(node.target) or name in ("clone", "contiguous")
+    return moves_only and len(inputs) == 1 and inputs[0] in linear and name not in _SEVERAL
+
+
+# Views that return several tensors.
+_SEVERAL = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+
+
+def _instructions(
+    nodes: Sequence[fx.Node],
+    rays: set[fx.Node],
+    shared: Values,
+    result: fx.Node | None,
+    *,
+    keep: set[fx.Node] | None = None,
+    reusable: set[fx.Node] | None = None,
+) -> _Instructions:
+    """Steps for ``nodes``, forgetting what is not needed any more."""
+    keep = (keep or set()) | ({result} if result is not None else set())
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for part in node.all_input_nodes:
+            if part in rays:
+                last[part] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for part, node in last.items():
+        if part not in keep and part.op != "placeholder":
+            dying.setdefault(node, []).append(part)
+    # Tensors of their own that no view shares.
+    own = set(reusable or ())
+    instructions = _Instructions()
+    for node in nodes:
+        source = node.args[0] if node.args else None
+        reuse = (
+            reusable is not None
+            and isinstance(source, fx.Node)
+            and source in own
+            and source in dying.get(node, ())
+            and not any(is_view(user.target) or _is_alias(user) for user in source.users)
+            and _same_kind(source, node)
+            and node.args[1:].count(source) == 0
+        )
+        step = step_for(node, rays, shared, reuse=reuse)
+        if not is_view(node.target) and not _is_alias(node) and operation_name(node):
+            own.add(node)
+        instructions.steps.append((node, step, tuple(dying.get(node, ()))))
+    return instructions
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether the step of a node hands its input on."""
+    return "dropout" in operation_name(node) or operation_name(node) in ("clone", "lift_fresh_copy")
+
+
+def _same_kind(a: fx.Node, b: fx.Node) -> bool:
+    one, other = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return one.shape == other.shape and one.dtype == other.dtype

@@ -1,0 +1,271 @@
+"""Which engine a run gets, and with how many rays and examples at once: by a short measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._backend import Backend
+from .._layout import ParameterLayout
+from .._objective import Objective
+from .general import (
+    PROBE_STREAM,
+    ROWS_BYTES,
+    GeneralEngine,
+    Plan,
+    losses_agree,
+    measure_plan,
+    warn_of_single_rays,
+)
+from .layered import LayeredEngine, UntraceableError
+from .protocol import Float, Indexed
+
+# Losses that a search spends on a direction, about.
+_LOSSES = 4
+# Tracing takes about as long as this many seconds of a run; shorter runs do without.
+_SHORT_RUN = 1.0
+# Of the run's own time, what the choice may take; and at the least, seconds.
+_SHARE, _LEAST = 0.03, 0.5
+_CHUNKS = (2, 4, 8, 16, 32)
+_ROWS = (2048, 512, 128)
+# Another plan has to be faster by this much.
+_BETTER = 0.95
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+def open_engine(
+    objective: Objective,
+    layout: ParameterLayout,
+    scale: Tensor,
+    plan: Plan,
+    backend: Backend,
+    project: Tensor | None = None,
+) -> GeneralEngine:
+    """The engine that a plan names; the arguments are :class:`GeneralEngine`'s.
+
+    Raises:
+        ValueError: the plan has the layered engine, which this model or data do not allow.
+    """
+    if plan.engine == "general":
+        return GeneralEngine(objective, layout, scale, plan, backend, project)
+    try:
+        return LayeredEngine(objective, layout, scale, plan, backend, project)
+    except UntraceableError as error:
+        raise ValueError(f"plan: the layered engine cannot run this model: {error}") from error
+
+
+def choose_plan(
+    engine: str,
+    objective: Objective,
+    layout: ParameterLayout,
+    scale: Tensor,
+    backend: Backend,
+    *,
+    lanes: int | None,
+    block: int,
+    radius: float,
+    rays: int,
+) -> tuple[Plan, str | None]:
+    """The fastest plan found; with ``engine="auto"`` of both engines.
+
+    Args:
+        engine: ``"auto"``, ``"general"`` or ``"layered"``.
+        objective, layout, scale, backend, lanes, block, radius, rays: as for
+            :func:`fastvol.engines.general.measure_plan`.
+
+    Returns:
+        The plan, and why vmap was not possible, if so. PyTorch's thread count is left changed.
+
+    Raises:
+        ValueError: ``engine="layered"`` for a model that cannot be traced; it says why.
+    """
+    plan, trouble = _choose(engine, objective, layout, scale, backend, lanes, block, radius, rays)
+    warn_of_single_rays(plan, trouble)
+    return plan, trouble
+
+
+def _choose(
+    engine: str,
+    objective: Objective,
+    layout: ParameterLayout,
+    scale: Tensor,
+    backend: Backend,
+    lanes: int | None,
+    block: int,
+    radius: float,
+    rays: int,
+) -> tuple[Plan, str | None]:
+    most_threads = torch.get_num_threads()
+    general, trouble = measure_plan(
+        objective,
+        layout,
+        scale,
+        backend,
+        lanes=lanes,
+        block=block,
+        radius=radius,
+        rays=rays,
+    )
+    if engine == "general":
+        return general, trouble
+    trial = _Trial(objective, layout, scale, backend, radius)
+    torch.set_num_threads(general.threads)
+    seconds = trial.seconds(GeneralEngine(objective, layout, scale, general, backend))
+    if engine == "auto" and rays * seconds < _SHORT_RUN:
+        return general, trouble
+    try:
+        plan, own = _layered_plan(trial, general, lanes, block, rays, seconds, most_threads)
+    except UntraceableError as error:
+        if engine == "layered":
+            raise ValueError(
+                f"engine='layered' cannot run this model and loss ({error}); engine='auto' can"
+            ) from error
+        return replace(general, reason=f"not layered: {error}; {general.reason}"), trouble
+    told = f"{own * 1e3:.3g} ms a direction layered, {seconds * 1e3:.3g} ms general"
+    if engine == "auto" and own > seconds:
+        torch.set_num_threads(general.threads)
+        return replace(general, reason=f"{told}; {general.reason}"), trouble
+    return replace(plan, reason=told), None
+
+
+def _layered_plan(
+    trial: _Trial,
+    general: Plan,
+    lanes: int | None,
+    block: int,
+    rays: int,
+    seconds: float,
+    most_threads: int,
+) -> tuple[Plan, float]:
+    """The fastest layered plan, and its seconds a direction.
+
+    Raises:
+        UntraceableError: the model cannot be evaluated so, or not to the same losses.
+    """
+    deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
+    most_lanes = min(lanes or max(_CHUNKS), block)
+    few = min(most_lanes, 4)
+    best = replace(
+        general, engine="layered", chunk=1, lanes=few, keep_rows=True, rows=0, cached=True
+    )
+    engine = trial.open(best)
+    kept = engine.bytes_kept
+    if kept * few > ROWS_BYTES:
+        best = replace(best, cached=False)
+        engine = trial.open(best)
+    fastest = trial.seconds(engine)
+    del engine
+
+    def attempt(plan: Plan) -> float:
+        """Seconds a direction; infinite where the plan will not do."""
+        per_lane = trial.layout.size * trial.bytes_a_number + (kept if plan.cached else 0)
+        if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * ROWS_BYTES:
+            return float("inf")
+        try:
+            return trial.seconds(trial.open(plan))
+        except UntraceableError:
+            return float("inf")
+
+    for variants in _variants(most_lanes, trial.examples):
+        worse = 0
+        for variant in variants:
+            found = attempt(replace(best, **variant))
+            if found < _BETTER * fastest:
+                best, fastest, worse = replace(best, **variant), found, 0
+            else:
+                worse += 1
+            if worse == 2:
+                break
+    if most_threads > 1:
+        other = 1 if best.threads > 1 else most_threads
+        torch.set_num_threads(other)
+        found = attempt(best)
+        if found < _BETTER * fastest:
+            best, fastest = replace(best, threads=other), found
+        torch.set_num_threads(best.threads)
+    return best, fastest
+
+
+def _variants(most_lanes: int, examples: int) -> Iterator[list[dict[str, Any]]]:
+    """Changes to try, one list after the other; of each the first that helps no more ends it."""
+    yield [{"cached": False}]
+    chunks = [chunk for chunk in _CHUNKS if chunk <= most_lanes]
+    yield [{"chunk": chunk, "lanes": max(chunk, min(4, most_lanes))} for chunk in chunks]
+    yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
+
+
+class _Trial:
+    """Times engines, and compares their losses with the general engine's."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        layout: ParameterLayout,
+        scale: Tensor,
+        backend: Backend,
+        radius: float,
+    ) -> None:
+        self.objective, self.layout, self.scale, self.backend = objective, layout, scale, backend
+        self.bytes_a_number = torch.finfo(layout.dtype).bits // 8
+        self.examples = objective.largest_batch
+        self._radius = radius
+        # A loss that hardly moves would hide an operation that was left out.
+        self._radii = np.array([radius, 3.0 * radius, 10.0 * radius])
+        self._reference: Float | None = None
+
+    def open(self, plan: Plan) -> LayeredEngine:
+        """The layered engine of a plan.
+
+        Raises:
+            UntraceableError: it cannot be opened, fails, or gives other losses.
+        """
+        try:
+            engine = LayeredEngine(self.objective, self.layout, self.scale, plan, self.backend)
+            values = self._probe(engine)
+        except UntraceableError:
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise UntraceableError(f"{type(error).__name__}: {text[0] if text else ''}") from error
+        if self._reference is None:
+            single = replace(plan, engine="general", chunk=1)
+            general = GeneralEngine(self.objective, self.layout, self.scale, single, self.backend)
+            self._reference = self._probe(general)
+        tolerance = max(_TOLERANCE[self.layout.dtype], 64 * self.objective.epsilon)
+        for value, wanted in zip(values, self._reference, strict=True):
+            if not losses_agree(value, wanted, tolerance):
+                raise UntraceableError(f"it gave a loss of {value} where the model gave {wanted}")
+        return engine
+
+    def _probe(self, engine: GeneralEngine) -> Float:
+        values = []
+        lane = np.array([0])
+        for i, radius in enumerate(self._radii):
+            engine.load(lane, Indexed(0, np.array([i]), stream=PROBE_STREAM))
+            values.append(engine.loss(np.array([radius]), lane).values[0])
+        return np.array(values)
+
+    def seconds(self, engine: GeneralEngine) -> float:
+        """Of a direction: loading it, and the losses that a search takes."""
+        ids = np.arange(engine.lanes)
+        radii = np.full(engine.lanes, self._radius)
+        load = loss = float("inf")
+        began = time.perf_counter()
+        for _ in range(5):
+            start = time.perf_counter()
+            engine.load(ids, Indexed(0, ids, stream=PROBE_STREAM))
+            engine.loss(radii)
+            middle = time.perf_counter()
+            engine.loss(radii)
+            end = time.perf_counter()
+            loss = min(loss, end - middle)
+            load = min(load, middle - start)
+            if end - began > 0.05:
+                break
+        return (max(load - loss, 0.0) + _LOSSES * loss) / engine.lanes
