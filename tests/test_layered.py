@@ -390,6 +390,30 @@ def test_several_batches_and_dense_rays() -> None:
     np.testing.assert_allclose(*values, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_antithetic_pairs(scaled: bool) -> None:
+    """Partners share their noise; in whatever order and place they are loaded."""
+    torch.manual_seed(14)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    data = torch.randn(N, 6).double(), torch.randn(N, 3).double()
+    scale = torch.rand(43, dtype=torch.float64) + 0.5
+    scale[::5] = 0.0
+    engines = build(model, F.mse_loss, data, scale=scale if scaled else None)
+    radii = np.array([0.3, 1.0, 2.5, 0.1])
+    order = [([0, 1, 2, 3], [0, 1, 2, 3]), ([1, 3], [5, 4]), ([0], [7]), ([2, 0], [6, 3])]
+    # The same direction twice, then its opposite.
+    order += [([1], [6]), ([2], [8]), ([1], [9]), ([0], [7])]
+    for lanes, ids in order:
+        infos, values = [], []
+        for engine in engines:
+            rays = Indexed(SEED, np.array(ids), antithetic=True)
+            infos.append(engine.load(np.array(lanes), rays))
+            values.append(engine.loss(radii).values)
+        np.testing.assert_allclose(*values, rtol=1e-12)
+        for mine, theirs in zip(*infos, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+
+
 def test_keyword_inputs() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

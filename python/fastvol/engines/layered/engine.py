@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..._backend import Backend
 from ..._layout import ParameterLayout
 from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
-from ..protocol import Float, Int, Losses, RayInfo, Rays
+from ..protocol import Float, Indexed, Int, Losses, RayInfo, Rays
 from .program import Program
 from .tracing import Traced, UntraceableError, signature, trace
 
@@ -51,6 +52,7 @@ class LayeredEngine(GeneralEngine):
             Program(traced, part, self._start, lanes=plan.lanes, cached=plan.cached)
             for traced, part in self._traced
         ]
+        self._pairs = _Pairs()
         # Lanes whose direction the programs have not seen: gradients do not need them to.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
         self._weight = sum(program.weight for program in self._programs)
@@ -62,6 +64,26 @@ class LayeredEngine(GeneralEngine):
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        paired = isinstance(rays, Indexed) and rays.antithetic and rays.preconditioner is None
+        for lane in lanes.tolist():
+            self._pairs.forget(lane)
+        if not (paired and isinstance(rays, Indexed)):
+            return self._load(lanes, rays)
+        norm, dot = np.empty(len(lanes)), np.empty(len(lanes))
+        first, second = self._pairs.split(lanes, rays)
+        if len(first):
+            alone = replace(rays, ids=rays.ids[first])
+            norm[first], dot[first] = self._load(lanes[first], alone)
+        for k in first:
+            self._pairs.keep(int(lanes[k]), rays, int(rays.ids[k]), norm[k], dot[k])
+        for k in second:
+            lane = int(lanes[k])
+            partner, norm[k], dot[k] = self._pairs.partner(rays, int(rays.ids[k]))
+            self._mirror(lane, partner)
+            self._pairs.keep(lane, rays, int(rays.ids[k]), norm[k], dot[k])
+        return RayInfo(norm, dot)
+
+    def _load(self, lanes: Int, rays: Rays) -> RayInfo:
         info = super().load(lanes, rays)
         if self._full is not None:
             assert self._rows is not None
@@ -71,6 +93,18 @@ class LayeredEngine(GeneralEngine):
             self._full[index] = full
         self._fresh[lanes] = True
         return info
+
+    def _mirror(self, lane: int, partner: int) -> None:
+        """Puts the opposite of one lane's direction on another, without new noise or products."""
+        assert self._rows is not None
+        for rows in (self._rows, self._full):
+            if rows is not None:
+                torch.neg(rows[partner], out=rows[lane])
+        self._factor[lane] = self._factor[partner]
+        self._fresh[lane] = self._fresh[partner]
+        if not self._fresh[partner]:
+            for program in self._programs:
+                program.mirror(lane, partner)
 
     @property
     def bytes_kept(self) -> int:
@@ -201,3 +235,42 @@ def _traced_parts(
                 graphs[key] = trace(objective, layout, part)
             result.append((graphs[key], part))
     return result
+
+
+class _Pairs:
+    """Which lane holds which direction of antithetic pairs, and what loading it told."""
+
+    def __init__(self) -> None:
+        self._lane: dict[tuple[int, int, int], int] = {}
+        self._held: dict[int, tuple[tuple[int, int, int], float, float]] = {}
+
+    def forget(self, lane: int) -> None:
+        """The lane gets another direction."""
+        held = self._held.pop(lane, None)
+        if held is not None and self._lane.get(held[0]) == lane:
+            del self._lane[held[0]]
+
+    def keep(self, lane: int, rays: Indexed, index: int, norm: float, dot: float) -> None:
+        """The lane has direction ``index``."""
+        key = (rays.seed, rays.stream, index)
+        self._lane[key] = lane
+        self._held[lane] = key, norm, dot
+
+    def split(self, lanes: Int, rays: Indexed) -> tuple[Int, Int]:
+        """Positions of those to be made, and of those whose partner is there or among these."""
+        first, second = [], []
+        here: set[int] = set()
+        for k, index in enumerate(rays.ids.tolist()):
+            partner = index ^ 1
+            if partner in here or (rays.seed, rays.stream, partner) in self._lane:
+                second.append(k)
+            else:
+                first.append(k)
+                here.add(index)
+        return np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
+
+    def partner(self, rays: Indexed, index: int) -> tuple[int, float, float]:
+        """Lane of the opposite direction, and norm and dot of this one."""
+        lane = self._lane[rays.seed, rays.stream, index ^ 1]
+        _, norm, dot = self._held[lane]
+        return lane, norm, -dot

@@ -172,6 +172,11 @@ class Program:
             for node in self._kept:
                 self._change[node][lane].copy_(values[node][0])
 
+    def mirror(self, lane: int, partner: int) -> None:
+        """What :meth:`load` would make of the opposite of another lane's direction."""
+        for change in self._change.values():
+            torch.neg(change[partner], out=change[lane])
+
     def loss(
         self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
     ) -> Tensor:
