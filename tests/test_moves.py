@@ -47,6 +47,7 @@ MOVES = {
     "hamiltonian": lambda *pair: Hamiltonian(*pair, adapt=False),
     "long steps": lambda *pair: Hamiltonian(*pair, step_size=1.2, adapt=False),
     "smoothed": lambda *pair: Hamiltonian(*pair, adapt=False, _smoothed=True),
+    "refined": lambda *pair: Hamiltonian(*pair, adapt=False, _refinements=2),
     "slice": GreatCircleSlice,
     "crank-nicolson": lambda *pair: CrankNicolson(*pair, size=0.6),
     "small steps": lambda *pair: CrankNicolson(*pair, size=0.3, repeats=12),
@@ -56,7 +57,15 @@ MOVES = {
 CENTRE = vector(3, 0.5)
 HAMILTON_AND_SLICE = ("hamiltonian", "slice")
 CASES = {
-    "lebesgue": (Lebesgue(), None, None, None, 1.0, math.inf, ("long steps", "smoothed", "slice")),
+    "lebesgue": (
+        Lebesgue(),
+        None,
+        None,
+        None,
+        1.0,
+        math.inf,
+        ("long steps", "smoothed", "refined", "slice"),
+    ),
     "lebesgue, half way": (Lebesgue(), None, None, None, 0.5, math.inf, HAMILTON_AND_SLICE),
     "lebesgue, P": (Lebesgue(), None, matrix(3), None, 1.0, math.inf, HAMILTON_AND_SLICE),
     "capped": (
@@ -259,8 +268,9 @@ def test_great_circles():
 
 
 @pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("refinements", [0, 2])
 @pytest.mark.parametrize("measure", [Lebesgue(0.6), Gaussian(0.5, "origin")])
-def test_leapfrogs_are_reversible(monkeypatch, measure, smoothed):
+def test_leapfrogs_are_reversible(monkeypatch, measure, smoothed, refinements):
     d, steps, epsilon = 5, 12, 0.2
     at = vector(d, 0.4) if isinstance(measure, Gaussian) else None
 
@@ -271,11 +281,15 @@ def test_leapfrogs_are_reversible(monkeypatch, measure, smoothed):
         v = torch.from_numpy(np.random.default_rng(4).standard_normal((16, d))) / math.sqrt(d)
         v -= (v * q).sum(dim=1, keepdim=True) * q
 
+        def force(q):
+            options = {"smoothed": smoothed, "refinements": refinements}
+            return field.force(q, -0.8, level, **options)[0]
+
         def flow(q, v):
             for _ in range(steps):
-                v = v + 0.5 * epsilon * field.force(q, -0.8, level, smoothed=smoothed)[0]
+                v = v + 0.5 * epsilon * force(q)
                 q, v = great_circle(q, v, epsilon)
-                v = v + 0.5 * epsilon * field.force(q, -0.8, level, smoothed=smoothed)[0]
+                v = v + 0.5 * epsilon * force(q)
             return q, v
 
         ahead, there = flow(q, v)
@@ -423,3 +437,54 @@ def test_the_least_multiple_inverts_the_weight(monkeypatch, case):
     body = bodies.rotated_ellipsoid(6, 6.0)
     never = within(monkeypatch, body, use, measure=measure, at=at)
     assert (never == math.inf).all()
+
+
+def test_refined_forces_are_those_of_the_end(monkeypatch):
+    """On a loss that is not homogeneous, against differences of the true log weight."""
+    d = 6
+
+    def use(problem):
+        field = open_field(problem)
+        level, q = Level(1.0, math.inf), units(d, 12)
+        tangent = units(d, 12, seed=9)
+        tangent -= (tangent * q).sum(dim=1, keepdim=True) * q
+
+        def density(angle):
+            moved, _ = great_circle(q, tangent, angle)
+            return field.log_density(field.measure(moved), level)
+
+        exact = (density(1e-3) - density(-1e-3)) / 2e-3 / d
+        errors = []
+        for refinements in range(4):
+            force, guess = field.force(q, 0.5, level, refinements=refinements)
+            slope = (force * tangent).sum(dim=1).numpy()
+            errors.append(np.abs(slope - exact).max())
+            ends = np.abs(guess - field.measure(q).log_multiples).max()
+        return errors, ends
+
+    errors, ends = within(monkeypatch, compounds.polynomial(d), use)
+    assert errors[0] > 0.05
+    assert errors[3] < 0.02 * errors[0]
+    assert ends < 1e-3
+
+
+def test_a_force_that_is_to_blame_is_refined(monkeypatch):
+    """Where no step is short enough, as at a radius far from every end."""
+
+    def use(problem):
+        field = open_field(problem)
+        generator, rng = generators()
+        move = Hamiltonian(generator, rng)
+        state, level = field.measure(units(30, 8)), Level(1.0, math.inf)
+        move.start_level(state, level)
+        for _ in range(3):
+            # As if the rays of the level ended elsewhere.
+            move._log_multiple = 2.0
+            state = move.step(field, state, level)
+        return move.report()
+
+    body = bodies.mixed_powers([2.0, 8.0] * 15)
+    report = within(monkeypatch, body, use)
+    assert report["refinements"] >= 1
+    assert report["acceptance"] > 0.15
+    assert report["step_size"] > 0.03

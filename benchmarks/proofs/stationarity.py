@@ -157,9 +157,11 @@ class OwnRadiusMove(Hamiltonian):
         return super().step(field, state, level)
 
 
-def _hamiltonian(smoothed: bool) -> Callable[..., Move]:
+def _hamiltonian(smoothed: bool, refinements: int = 0) -> Callable[..., Move]:
     def make(generator: torch.Generator, rng: np.random.Generator) -> Move:
-        return Hamiltonian(generator, rng, adapt=False, _smoothed=smoothed)
+        return Hamiltonian(
+            generator, rng, adapt=False, _smoothed=smoothed, _refinements=refinements
+        )
 
     return make
 
@@ -167,6 +169,7 @@ def _hamiltonian(smoothed: bool) -> Callable[..., Move]:
 MOVES: Mapping[str, Callable[[torch.Generator, np.random.Generator], Move]] = {
     "hamiltonian": _hamiltonian(smoothed=False),
     "hamiltonian, smoothed force": _hamiltonian(smoothed=True),
+    "hamiltonian, refined force": _hamiltonian(smoothed=False, refinements=2),
     "slice": lambda generator, rng: GreatCircleSlice(generator, rng, repeats=1),
     "crank-nicolson": lambda generator, rng: CrankNicolson(generator, rng, repeats=1, size=0.6),
     "own radius": lambda generator, rng: OwnRadiusMove(generator, rng, adapt=False),

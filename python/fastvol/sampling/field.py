@@ -38,6 +38,8 @@ _LONGEST_FORCE = 30.0
 # A component of a smoothed force is at most this many times the mean one.
 _SMOOTHED = 3.0
 _STEP = 1e-4
+# An extrapolation along a ray goes no further, in log radius.
+_STRIDE = 0.7
 
 
 @dataclass(frozen=True)
@@ -320,19 +322,27 @@ class RayField:
         return gradients
 
     def force(
-        self, units: Tensor, log_multiple: float, level: Level, *, smoothed: bool = False
+        self,
+        units: Tensor,
+        log_multiple: float,
+        level: Level,
+        *,
+        smoothed: bool = False,
+        refinements: int = 0,
     ) -> tuple[Tensor, Float]:
         """The force β∇log W / d on some directions, tangent to the sphere, and a guess of log ρ.
 
-        From the loss and its gradient at one multiple of v, the same for all: a function of u
-        alone, so that a leapfrog step of it is reversible. Where the excess loss is homogeneous the
-        force is exact.
+        From the loss and its gradient at one multiple of v, the same for all, or near the end of
+        each ray as a search of a fixed number of steps from there finds it: either way a function
+        of u alone, so that a leapfrog step of it is reversible. Where the excess loss is
+        homogeneous the force is exact without a search.
 
         Args:
             units: u ``[k, d]``.
             log_multiple: log of the common radius.
             level: the target.
             smoothed: cut single components that stick out, as they do near a kink of the loss.
+            refinements: steps of that search, one loss each.
 
         Returns:
             force ``[k, d]`` in the working dtype; the end of the ray by extrapolation along it,
@@ -342,8 +352,9 @@ class RayField:
         rows = self.directions(units)
         lanes = np.arange(count)
         self._engine.load(lanes, Dense(rows.v))
-        radius = math.exp(log_multiple)
-        losses, gradients = self._engine.loss_and_grad(np.full(count, radius), lanes)
+        start = self._refined(rows, np.full(count, log_multiple), level, refinements)
+        radius = np.exp(start)
+        losses, gradients = self._engine.loss_and_grad(radius, lanes)
         self.n_grad += count
         if self.proposal is not None:
             gradients = self.proposal.preconditioner.rmatvec(gradients)
@@ -354,7 +365,7 @@ class RayField:
             steepness = radius * slope / excess
             step = (self._log_gap - np.log(excess)) / steepness
         usable = (excess > 0) & (slope > 0) & np.isfinite(step)
-        guess = log_multiple + np.where(usable, np.clip(np.nan_to_num(step), -0.7, 0.7), 0.0)
+        guess = start + np.where(usable, np.clip(np.nan_to_num(step), -_STRIDE, _STRIDE), 0.0)
         outward = (slope > 0) & np.isfinite(slope) & np.isfinite(losses)
 
         shift = rows.shift(self.problem.offset)
@@ -381,6 +392,29 @@ class RayField:
         force = force - (force * units).sum(dim=1, keepdim=True) * units
         length = force.norm(dim=1, keepdim=True)
         return force * (_LONGEST_FORCE / length.clamp(min=_LONGEST_FORCE)), guess
+
+    def _refined(self, rows: Directions, x: Float, level: Level, steps: int) -> Float:
+        """Log multiples of v nearer to the ends of the rays on the lanes than ``x``, ``[k]``.
+
+        Secants of the log excess loss, the first with the pilot's slope; not beyond the cap.
+        """
+        lanes, caps = np.arange(len(x)), self._log_caps(rows, level)
+        before: tuple[Float, Float] | None = None
+        for _ in range(steps):
+            x = np.minimum(x, caps)
+            excess = self.loss(lanes, np.exp(x)) - self._loss0
+            with np.errstate(divide="ignore", invalid="ignore"):
+                height = np.log(excess) - self._log_gap
+                slope = np.full(len(x), self.pilot.slope)
+                if before is not None:
+                    secant = (height - before[1]) / (x - before[0])
+                    slope = np.where(np.isfinite(secant) & (secant > 0.5), secant, slope)
+                step = -height / slope
+            before = x, height
+            # A loss that is not finite lies far outside, an excess that is not positive far inside.
+            lost = np.where(excess <= 0, _STRIDE, -_STRIDE)
+            x = x + np.clip(np.where(np.isfinite(step), step, lost), -_STRIDE, _STRIDE)
+        return np.minimum(x, caps) if steps else x
 
     def _slope_in_radius(self, x: Float, shift: Float, level: Level) -> Float:
         """∂log W/∂x; a cap is rounded over the width that a level of it has."""

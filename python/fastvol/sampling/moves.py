@@ -32,6 +32,9 @@ _TARGET_ACCEPTANCE = 0.7
 # A move of which fewer chains than this are accepted is made again with a shorter step.
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
+# So many shorter steps in vain, and the force is taken nearer to the ends of the rays.
+_IN_VAIN = 2
+_MOST_REFINEMENTS = 3
 # Steps longer than this need no other force; below it the smoothed one is tried so often first.
 _COMFORTABLE = 0.05
 _TRIALS = 8
@@ -63,7 +66,9 @@ class Hamiltonian:
 
     Two forces are at hand: the plain one, and one whose single large components are cut, which
     takes longer steps where the loss has kinks. While the plain one needs short steps both are
-    tried, and the one with the longer steps is kept.
+    tried, and the one with the longer steps is kept. Where no step is short enough the force itself
+    is to blame, since it is taken at one radius for all: then it is taken nearer to the ends of the
+    rays, at the price of some losses.
 
     Args:
         generator: of the velocities, on the rays' device.
@@ -82,6 +87,7 @@ class Hamiltonian:
 
     _log_multiple: float = 0.0
     _smoothed: bool = False
+    _refinements: int = 0
     _sizes: list[float] = field(default_factory=list)
     _tried: list[int] = field(default_factory=lambda: [0, 0])
     _accepted: float = 0.0
@@ -99,10 +105,14 @@ class Hamiltonian:
     def step(self, field: RayField, state: Population, level: Level) -> Population:
         """One trajectory of about a quarter circle for every chain."""
         self._choose_force()
-        for _ in range(_MOST_RETRIES):
+        first = self._sizes[self._smoothed]
+        for retry in range(_MOST_RETRIES):
             proposed, log_ratio = self._trajectory(field, state, level)
             rate = float(np.exp(log_ratio).mean())
-            if self.adapt:
+            if self.adapt and rate <= _HOPELESS and self._may_refine(retry):
+                self._refinements += 1
+                self._sizes[self._smoothed] = first
+            elif self.adapt:
                 # A step far too long, as the first one may be, would waste a whole level.
                 change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE))
                 change = change if rate > _HOPELESS else 0.4
@@ -119,6 +129,10 @@ class Hamiltonian:
         result.put(taken, proposed.take(taken))
         return result
 
+    def _may_refine(self, retry: int) -> bool:
+        """Whether steps shorter by a good deal have not helped, so that another force may."""
+        return retry % (_IN_VAIN + 1) == _IN_VAIN and self._refinements < _MOST_REFINEMENTS
+
     def _trajectory(
         self, field: RayField, state: Population, level: Level
     ) -> tuple[Population, Float]:
@@ -133,16 +147,25 @@ class Hamiltonian:
         v /= math.sqrt(d)
         v -= (v * q).sum(dim=1, keepdim=True) * q
         before = _kinetic(v, d)
-        force, guess = field.force(q, self._log_multiple, level, smoothed=self._smoothed)
+        force, guess = self._force(field, q, level)
         for _ in range(steps):
             v = v + (0.5 * epsilon) * force
             q, v = great_circle(q, v, epsilon)
-            force, guess = field.force(q, self._log_multiple, level, smoothed=self._smoothed)
+            force, guess = self._force(field, q, level)
             v = v + (0.5 * epsilon) * force
         proposed = field.measure(q, guess)
         gained = field.log_target(proposed, level) - field.log_target(state, level)
         log_ratio = gained + before - _kinetic(v, d)
         return proposed, np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
+
+    def _force(self, field: RayField, q: Tensor, level: Level) -> tuple[Tensor, Float]:
+        return field.force(
+            q,
+            self._log_multiple,
+            level,
+            smoothed=self._smoothed,
+            refinements=self._refinements,
+        )
 
     def _choose_force(self) -> None:
         plain, smoothed = self._sizes
@@ -166,6 +189,7 @@ class Hamiltonian:
             "step_size": self._sizes[self._smoothed],
             "smoothed": float(self._smoothed),
             "capped": self._capped / moves,
+            "refinements": float(self._refinements),
         }
 
 
