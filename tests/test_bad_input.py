@@ -143,7 +143,6 @@ def test_unknown_strings(name: str, text: str) -> None:
         ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
         ("checkpoint", Path("run.ckpt")),
-        ("noise", "rowspace"),
         ("on_interrupt", "return"),
     ],
 )

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -141,7 +142,10 @@ def estimate(  # type: ignore[misc]
         replicates: independent runs of ``"annealed"`` and ``"splitting"``, whose spread is part of
             the error.
         antithetic: whether directions 2i and 2i+1 are ± one vector. ``"auto"`` is ``False``.
-        noise: ``"full"``.
+        noise: ``"full"``, or ``"rowspace"`` to draw only the part of a direction that the inputs of
+            the first linear layer can see, and the length of the rest by its law: other directions
+            of the same law, cheaper where the examples are fewer than that layer's inputs. For
+            ``method="radial"`` around the minimum, with one scale in each row of that layer.
         first_crossing: scan every ray for a crossing before the one found, instead of the rays that
             carry the weight and a few at random.
         engine: ``"layered"`` evaluates a traced model with a ray axis, and makes what is linear in
@@ -177,8 +181,10 @@ def estimate(  # type: ignore[misc]
     """
     began = time.perf_counter()
     run_method = methods.get(_string(method, "method"))
+    if _check_noise(noise, method, engine) == "rowspace":
+        run_method, engine = methods.get("radial"), "layered"
     _check_preconditioner(preconditioner)
-    _refuse_later(noise, checkpoint, on_interrupt)
+    _refuse_later(checkpoint, on_interrupt)
     engines.check_name(_string(engine, "engine"))
     chosen_backend = _backend.select(_string(backend, "backend"))
     count = _whole(n, "n", least=1, below=2**63)
@@ -231,6 +237,8 @@ def estimate(  # type: ignore[misc]
                 radius=0.1 * start,
                 rays=count,
             )
+            if noise == "rowspace":
+                given_plan = replace(given_plan, cached=True)
             torch.set_num_threads(given_plan.threads)
         config = {
             "layout": layout.describe(),
@@ -241,7 +249,7 @@ def estimate(  # type: ignore[misc]
             "n": count,
             "seed": seed,
             "antithetic": paired,
-            "noise": "full",
+            "noise": noise,
             "rtol": tolerance,
             "first_crossing": first_crossing,
         }
@@ -257,6 +265,7 @@ def estimate(  # type: ignore[misc]
             n=count,
             seed=seed,
             antithetic=paired,
+            noise=noise,
             preconditioner=preconditioner,
             replicates=repeats,
             rtol=tolerance,
@@ -397,11 +406,17 @@ def _check_preconditioner(preconditioner: Any) -> None:
         )
 
 
-def _refuse_later(noise: Any, checkpoint: Any, on_interrupt: Any) -> None:
-    if _string(noise, "noise") == "rowspace":
-        raise NotAvailableError("noise='rowspace' is not part of this version; use noise='full'")
-    if noise != "full":
+def _check_noise(noise: Any, method: str, engine: Any) -> str:
+    if _string(noise, "noise") not in ("full", "rowspace"):
         raise ValueError(f"noise must be 'full' or 'rowspace', got {noise!r}")
+    if noise == "rowspace" and method not in ("auto", "radial"):
+        raise ValueError(f"noise='rowspace' is for method='radial', not for method={method!r}")
+    if noise == "rowspace" and engine not in ("auto", "layered"):
+        raise ValueError(f"noise='rowspace' needs engine='layered', got engine={engine!r}")
+    return str(noise)
+
+
+def _refuse_later(checkpoint: Any, on_interrupt: Any) -> None:
     if checkpoint is not None:
         raise NotAvailableError(
             "checkpoint= is not part of this version; save the result with result.save(path)"

@@ -70,7 +70,7 @@ class Problem:
         loss0: L(θ*).
         thresholds: τ, one per result.
         n: directions.
-        seed, antithetic: what direction i is.
+        seed, antithetic, noise: what direction i is.
         preconditioner: as it was given to :func:`fastvol.estimate`.
         replicates: main runs of a method that samples by chains.
         rtol: the relative tolerance of a radius, or ``None`` to let the pilot choose.
@@ -95,6 +95,7 @@ class Problem:
     n: int
     seed: int
     antithetic: bool
+    noise: str
     preconditioner: Any
     replicates: int
     rtol: float | None
@@ -143,7 +144,13 @@ class Problem:
         if lanes is not None:
             plan = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes))
         return open_engine(
-            self.objective, self.layout, self.ray_scale, plan, self.backend, self.offset
+            self.objective,
+            self.layout,
+            self.ray_scale,
+            plan,
+            self.backend,
+            self.offset,
+            rowspace=self.noise == "rowspace",
         )
 
     @contextmanager

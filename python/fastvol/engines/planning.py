@@ -46,16 +46,20 @@ def open_engine(
     plan: Plan,
     backend: Backend,
     project: Tensor | None = None,
+    *,
+    rowspace: bool = False,
 ) -> GeneralEngine:
-    """The engine that a plan names; the arguments are :class:`GeneralEngine`'s.
+    """The engine that a plan names; the arguments are :class:`LayeredEngine`'s.
 
     Raises:
         ValueError: the plan has the layered engine, which this model or data do not allow.
     """
+    if rowspace and not (plan.engine == "layered" and plan.cached):
+        raise ValueError("noise='rowspace' needs a plan of the layered engine that keeps its layer")
     if plan.engine == "general":
         return GeneralEngine(objective, layout, scale, plan, backend, project)
     try:
-        return LayeredEngine(objective, layout, scale, plan, backend, project)
+        return LayeredEngine(objective, layout, scale, plan, backend, project, rowspace=rowspace)
     except UntraceableError as error:
         raise ValueError(f"plan: the layered engine cannot run this model: {error}") from error
 

@@ -33,7 +33,7 @@ _TARGET_ACCEPTANCE = 0.7
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
 # So many shorter steps in vain, and the force is taken nearer to the ends of the rays.
-_IN_VAIN = 2
+_IN_VAIN = 1
 _MOST_REFINEMENTS = 3
 # Steps longer than this need no other force; below it the smoothed one is tried so often first.
 _COMFORTABLE = 0.05

@@ -13,8 +13,9 @@ from ..._backend import Backend
 from ..._layout import ParameterLayout
 from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
-from ..protocol import Float, Indexed, Int, Losses, RayInfo, Rays
+from ..protocol import Dense, Float, Indexed, Int, Losses, RayInfo, Rays
 from .program import Program
+from .rowspace import RowSpace, row_space
 from .tracing import Traced, UntraceableError, signature, trace
 
 
@@ -23,6 +24,8 @@ class LayeredEngine(GeneralEngine):
 
     Args:
         objective, layout, scale, plan, backend, project: as for :class:`GeneralEngine`.
+        rowspace: draw only what the data can see of the first layer's directions; see
+            :mod:`fastvol.engines.layered.rowspace`. Such an engine has no dense rays and gradients.
 
     Raises:
         UntraceableError: why the model cannot be evaluated so.
@@ -36,6 +39,8 @@ class LayeredEngine(GeneralEngine):
         plan: Plan,
         backend: Backend,
         project: Tensor | None = None,
+        *,
+        rowspace: bool = False,
     ) -> None:
         super().__init__(objective, layout, scale, plan, backend, project)
         if not objective.in_memory:
@@ -56,11 +61,46 @@ class LayeredEngine(GeneralEngine):
         # Lanes whose direction the programs have not seen: gradients do not need them to.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
         self._weight = sum(program.weight for program in self._programs)
-        # One stretch of the flat layout holds all parameters that are not kept in another form.
-        segments = layout.segments
         self._moved = sorted({i for program in self._programs for i in program.moved})
-        self._from = min((segments[i].start for i in self._moved), default=0)
-        self._to = max((segments[i].stop for i in self._moved), default=0)
+        # Where each parameter lies in a direction, and the point that directions start from.
+        self._places = [(s.start, s.stop, s.shape) for s in layout.segments]
+        self._origin = self._theta0
+        self._row_space = self._reduced_to(scale) if rowspace else None
+        # One stretch of it holds all parameters that are not kept in another form.
+        self._from = min((self._places[i][0] for i in self._moved), default=0)
+        self._to = max((self._places[i][1] for i in self._moved), default=0)
+
+    def _reduced_to(self, scale: Tensor) -> RowSpace:
+        """The row space of the first layer's inputs; lays the directions out in it."""
+        layers = [program.first_layer() for program in self._programs]
+        position = None if layers[0] is None else layers[0][0]
+        inputs = [layer[1] for layer in layers if layer is not None and layer[0] == position]
+        if position is None or len(inputs) < len(layers) or self._project is not None:
+            raise ValueError(
+                "noise='rowspace' needs a first layer that alone multiplies its weights with the "
+                "data, and a measure around the minimum; use noise='full'"
+            )
+        space = row_space(self._layout.segments, scale, position, inputs)
+        for program in self._programs:
+            program.reduce(space.basis)
+        starts = space.starts
+        self._places = list(zip(starts[:-1], starts[1:], space.shapes, strict=True))
+        parts, scales = [], []
+        for i, (segment, shape) in enumerate(zip(self._layout.segments, space.shapes, strict=True)):
+            part = slice(segment.start, segment.stop)
+            own = scale[part].to(self._theta0)
+            if i == position:
+                parts.append(torch.zeros(shape.numel()).to(self._theta0))
+                own = own.view(segment.shape)[:, :1].expand(shape).reshape(-1)
+            else:
+                parts.append(self._theta0[part])
+            scales.append(own)
+        one = torch.ones(1).to(self._theta0)
+        self._origin = torch.cat([*parts, 0 * one])
+        self._scale = torch.cat([*scales, one])
+        self._rows = torch.empty((self.lanes, space.size)).to(self._theta0)
+        self.capabilities = replace(self.capabilities, gradients=False)
+        return space
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
@@ -84,6 +124,8 @@ class LayeredEngine(GeneralEngine):
         return RayInfo(norm, dot)
 
     def _load(self, lanes: Int, rays: Rays) -> RayInfo:
+        if self._row_space is not None:
+            return self._load_reduced(self._row_space, lanes, rays)
         info = super().load(lanes, rays)
         if self._full is not None:
             assert self._rows is not None
@@ -93,6 +135,30 @@ class LayeredEngine(GeneralEngine):
             self._full[index] = full
         self._fresh[lanes] = True
         return info
+
+    def _load_reduced(self, space: RowSpace, lanes: Int, rays: Rays) -> RayInfo:
+        if isinstance(rays, Dense) or rays.preconditioner is not None:
+            raise ValueError("noise='rowspace' has no directions but its own; use noise='full'")
+        assert self._rows is not None
+        rows = torch.empty((len(lanes), space.size)).to(self._rows)
+        norm, dot = self._backend.normals(
+            rows,
+            rays.seed,
+            rays.stream,
+            rays.ids,
+            antithetic=rays.antithetic,
+            scale=self._scale,
+            threads=self._plan.noise_threads,
+        )
+        hidden = rows[:, -1].to("cpu", torch.float64).numpy()
+        # Opposite directions have one length.
+        turned = (rays.ids % 2 == 1) if rays.antithetic else np.zeros(len(lanes), dtype=np.bool_)
+        square = space.hidden_square(np.where(turned, -hidden, hidden))
+        norm = np.sqrt(norm**2 - hidden**2 + square)
+        self._rows[torch.from_numpy(lanes).to(rows.device)] = rows
+        self._factor[lanes] = 1.0 / norm
+        self._fresh[lanes] = True
+        return RayInfo(norm, dot)
 
     def _mirror(self, lane: int, partner: int) -> None:
         """Puts the opposite of one lane's direction on another, without new noise or products."""
@@ -120,8 +186,8 @@ class LayeredEngine(GeneralEngine):
 
     def _direction(self, lane: int, position: int) -> Tensor:
         """s⊙z of one parameter ``[1, *shape]``."""
-        s = self._layout.segments[position]
-        return self._directions[lane, s.start : s.stop].view(1, *s.shape)
+        start, stop, shape = self._places[position]
+        return self._directions[lane, start:stop].view(1, *shape)
 
     @property
     def _directions(self) -> Tensor:
@@ -162,14 +228,12 @@ class LayeredEngine(GeneralEngine):
             return {}
         part = slice(self._from, self._to)
         picked = self._picked(lanes, span, part)
-        theta = torch.addcmul(self._theta0[part], picked, coefficient[:, None])
-        segments = self._layout.segments
-        return {
-            i: theta[:, segments[i].start - self._from : segments[i].stop - self._from].view(
-                len(lanes), *segments[i].shape
-            )
-            for i in self._moved
-        }
+        theta = torch.addcmul(self._origin[part], picked, coefficient[:, None])
+        moved = {}
+        for i in self._moved:
+            start, stop, shape = self._places[i]
+            moved[i] = theta[:, start - self._from : stop - self._from].view(len(lanes), *shape)
+        return moved
 
     def _picked(self, lanes: Int, span: slice | None, part: slice) -> Tensor:
         """A stretch of the directions on some lanes."""
@@ -180,6 +244,8 @@ class LayeredEngine(GeneralEngine):
 
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        if self._row_space is not None:
+            raise ValueError("noise='rowspace' has no gradients; use noise='full'")
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total = np.zeros(len(lanes))
         gradients = torch.zeros((len(lanes), self._layout.size)).to(self._theta0)

@@ -128,6 +128,8 @@ class Program:
             base[node] = tensor[None]
         with torch.no_grad():
             self._changes.run(base)
+        # What stands for the data while changes are made.
+        self._reduced: Values = {}
         self._base = {node: base[node][0] for node in self._kept}
         self._change = {node: _rows_like(value, self._lanes) for node, value in self._base.items()}
         self._used = [i for i, node in enumerate(self._parameters) if node in needed]
@@ -155,6 +157,30 @@ class Program:
         """What is kept for one direction."""
         return sum(v[0].numel() * v.element_size() for v in self._change.values())
 
+    def first_layer(self) -> tuple[int, Tensor] | None:
+        """Position of the weights that alone meet the data in a linear layer, and those data.
+
+        ``None`` where there is no such layer, or what it makes is not kept.
+        """
+        for node, _, _ in self._changes.steps:
+            if operation_name(node) != "linear":
+                continue
+            given = arguments(node)
+            x, weight = given["input"], given["weight"]
+            readers = [user for user in x.users if user in self._linear]
+            if weight in self._parameters and len(weight.users) == 1 and len(readers) == 1:
+                return self._parameters.index(weight), self._shared[x]
+        return None
+
+    def reduce(self, basis: Tensor) -> None:
+        """From now on the first layer's changes are given in a basis ``[in, r]`` of its inputs."""
+        for node, _, _ in self._changes.steps:
+            if operation_name(node) == "linear":
+                x = arguments(node)["input"]
+                data = self._shared[x]
+                self._reduced[x] = (data.to(torch.float64) @ basis).to(data.dtype)
+                return
+
     def load(self, lanes: Int, parameter: Callable[[int, int], Tensor]) -> None:
         """Makes what is linear for new directions.
 
@@ -165,7 +191,7 @@ class Program:
         if not self._kept:
             return
         for lane in lanes.tolist():
-            values = {**self._shared}
+            values = {**self._shared, **self._reduced}
             for i in self._used:
                 values[self._parameters[i]] = parameter(lane, i)
             self._changes.run(values)
