@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import fastvol
 
+from .data import Sources
 from .problems import Problem, mnist_mlp
 from .record import RESULTS, record
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    problem = mnist_mlp(options.data)
+    problem = mnist_mlp(Sources(mnist=options.data))
     show: Callable[..., None] = print
     for stage in options.stages or STAGES:
         found = measure(problem, stage, options.n, options.replicates)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,18 +92,59 @@ def inplace(problem: Problem) -> LossAt:
     return loss_at
 
 
-def faster(problem: Problem) -> tuple[str, LossAt]:
-    """The quicker of the two ways to move the parameters, by the best of a few evaluations."""
+@dataclass(frozen=True)
+class Way:
+    """How a peer evaluates the loss.
+
+    Args:
+        name: how it moves the parameters.
+        loss_at: does it.
+        threads: PyTorch's threads, with which it was the quickest.
+        seconds: of an evaluation.
+    """
+
+    name: str
+    loss_at: LossAt
+    threads: int
+    seconds: float
+
+
+def ways(problem: Problem, most_threads: int) -> tuple[Way, Way]:
+    """``functional_call``, and the quicker of it and moving in place.
+
+    Each with one thread or with all, whichever is the quicker, by the best of a few evaluations.
+    """
     direction = Normals(problem, seed=0)()
-    ways = {"functional_call": functional(problem), "in place": inplace(problem)}
-    seconds = dict.fromkeys(ways, math.inf)
-    for _ in range(6):
-        for name, loss_at in ways.items():
-            began = time.perf_counter()
-            loss_at(direction, 0.01)
-            seconds[name] = min(seconds[name], time.perf_counter() - began)
-    best = min(seconds, key=lambda name: seconds[name])
-    return best, ways[best]
+    losses = {"functional_call": functional(problem), "in place": inplace(problem)}
+    seconds: dict[tuple[str, int], float] = {}
+    for threads in sorted({1, most_threads}):
+        with torch_threads(threads):
+            for _ in range(4):
+                for name, loss_at in losses.items():
+                    began = time.perf_counter()
+                    loss_at(direction, 0.01)
+                    spent = time.perf_counter() - began
+                    seconds[name, threads] = min(spent, seconds.get((name, threads), math.inf))
+    measured = [
+        Way(name, losses[name], threads, spent) for (name, threads), spent in seconds.items()
+    ]
+    of_functional = [way for way in measured if way.name == "functional_call"]
+    return min(of_functional, key=_seconds), min(measured, key=_seconds)
+
+
+def _seconds(way: Way) -> float:
+    return way.seconds
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch's thread count inside, and as it was afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 COEFFICIENTS = [(k / 99) ** 2 for k in range(100)]

@@ -1,8 +1,9 @@
 """A direction by hand, against a direction of ``fastvol.estimate``: the ratio of their times.
 
 Peers and fastvol take turns in one process, on one network, one data set, one threshold, one
-metric; a ratio is formed within a round and the median over the rounds is reported. Before that the
-radii of both are compared on the same directions.
+metric: after each block of fastvol's search its callback gives the peers their turn. A ratio is
+formed within a round and the median over the rounds is reported. Before the first round the radii
+of both are compared on the same directions.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fastvol
+from fastvol import Progress
 
 from . import agreement, ellipsoid, ours, peers
-from .conftest import Report
+from .conftest import Problems, Report
+from .floor import Floor
 from .problems import Problem
+from .works import WORKS, Work
 
 RTOL = 1e-3
 # A whole call is compared where its fixed costs, the pilot and the audit, are spread over as many.
@@ -32,36 +34,33 @@ _LONG_CALL = 1000
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a run does.
+    """How long a run is.
 
     Args:
-        whole: directions of the one whole call.
+        whole: seconds of the one whole call, at a peer's speed of evaluation.
+        least: directions of that call in any case.
+        turn: seconds of a turn; whoever cannot do a direction in them does one.
+        rounds: of turns at 1e-3, and at the default tolerance.
         agree: directions on which radii are compared.
-        rounds: of turns.
-        block, blocks: directions a block of fastvol's search, and timed blocks a turn.
-        bisections, sweeps: directions of a peer's turn.
     """
 
-    whole: int
+    whole: float
+    least: int
+    turn: float
+    rounds: tuple[int, int]
     agree: int
-    rounds: int
-    block: int
-    blocks: int
-    bisections: int
-    sweeps: int
 
 
-FULL = {"mlp": Effort(1024, 12, 5, 64, 2, 64, 8), "cnn": Effort(24, 6, 4, 12, 1, 12, 1)}
-SHORT = {"mlp": Effort(8, 3, 2, 8, 1, 6, 1), "cnn": Effort(4, 2, 2, 6, 1, 4, 1)}
+FULL = Effort(40.0, 8, 1.2, (5, 3), 4)
+SHORT = Effort(0.3, 4, 0.03, (1, 1), 1)
 
 
 @dataclass
 class Turn:
     """What a contender did in one round."""
 
-    seconds: float = 0.0
-    directions: int = 0
-    evaluations: int = 0
+    seconds: float
+    directions: int
 
     @property
     def ms_per_direction(self) -> float:
@@ -69,138 +68,203 @@ class Turn:
         return 1e3 * self.seconds / self.directions
 
 
-def take(count: int, find: Callable[[], peers.Found]) -> Turn:
-    """A turn of ``count`` directions of a peer."""
-    turn = Turn(directions=count)
-    began = time.perf_counter()
-    for _ in range(count):
-        turn.evaluations += find().evaluations
-    turn.seconds = time.perf_counter() - began
-    return turn
+@dataclass(frozen=True)
+class Peer:
+    """A peer of one work: how it finds a radius, and how much of it is a turn."""
+
+    way: peers.Way
+    find: Callable[[], peers.Found]
+    directions: int
+
+    def turn(self) -> Turn:
+        """Takes it."""
+        began = time.perf_counter()
+        with peers.torch_threads(self.way.threads):
+            for _ in range(self.directions):
+                self.find()
+        return Turn(time.perf_counter() - began, self.directions)
 
 
-Rounds = list[dict[str, Turn]]
-_PEERS = ("sweep", "bisection")
-_SEARCHES = ("search", "search_auto")
+Round = dict[str, Turn]
 
 
-@pytest.mark.parametrize("net", ["mlp", "cnn"])
+@pytest.fixture(scope="module")
+def table(report: Report) -> Iterator[dict[str, Any]]:
+    works: dict[str, Any] = {}
+    yield works
+    show_table(report, works)
+    # A part of the table does not replace the whole.
+    name = "cpu_table" if works.keys() == WORKS.keys() else "cpu_table_part"
+    report.keep(name, {"works": works})
+
+
+@pytest.mark.parametrize("name", WORKS)
 def test_peers(
-    net: str, benchmark: Any, request: pytest.FixtureRequest, report: Report, short: bool
+    name: str,
+    benchmark: Any,
+    trained: Problems,
+    threads: int,
+    table: dict[str, Any],
+    report: Report,
+    short: bool,
 ) -> None:
-    problem: Problem = request.getfixturevalue(net)
-    effort = (SHORT if short else FULL)[net]
-    whole = ours.whole_call(problem, effort.whole, RTOL, seed=0)
-    with torch_threads(whole.plan["threads"]):
-        way, quickest = peers.faster(problem)
-        functional = peers.functional(problem)
-        deviations = agreement.check(problem, functional, whole, RTOL, effort.agree)
-        points = peers.HitOrMiss(problem, quickest, seed=2)
-        points.run(whole.seconds)
+    work, effort = WORKS[name], SHORT if short else FULL
+    problem = trained.work(name)
+    functional, quickest = peers.ways(problem, threads)
+    whole = ours.affordable_call(problem, quickest.seconds, effort.whole, effort.least, "auto")
+    floor = Floor(problem, threads)
+    # What the default tolerance is here.
+    own = float(whole.config["pilot"]["rtol"])
+    measured: dict[str, Any] = {}
 
-        normals = peers.Normals(problem, seed=1)
-        # The bisection starts where a pilot would tell it to, at no cost to it.
-        start = math.exp(float(np.median(whole.log_radii)))
-        rounds: Rounds = []
-
-        def bisection() -> peers.Found:
-            return peers.bisect(functional, normals(), problem.threshold, start, RTOL)
-
-        def sweep() -> peers.Found:
-            return peers.sweep(quickest, normals(), problem.threshold)
-
-        def search(rtol: Any, plan: dict[str, Any] = whole.plan) -> Turn:
-            seed = 1 + len(rounds)
-            done = ours.search_alone(problem, plan, effort.block, effort.blocks, rtol, seed)
-            return Turn(done.seconds, done.directions, done.evaluations)
-
-        def one_round() -> None:
-            rounds.append(
-                {
-                    "bisection": take(effort.bisections, bisection),
-                    "search": search(RTOL),
-                    "sweep": take(effort.sweeps, sweep),
-                    "search_auto": search("auto"),
-                }
+    def both() -> None:
+        for label, rtol, rounds in zip(
+            ("rtol_1e-3", "default"), (RTOL, own), effort.rounds, strict=True
+        ):
+            measured[label] = in_turns(
+                problem, whole, (functional, quickest), floor, rtol, rounds, effort
             )
 
-        benchmark.pedantic(one_round, rounds=effort.rounds, iterations=1)
-        if whole.plan["chunk"] > 1:
-            # Evaluations can be counted from outside only where rays go one at a time.
-            for name, rtol in zip(_SEARCHES, (RTOL, "auto"), strict=True):
-                counted = search(rtol, {**whole.plan, "chunk": 1})
-                for turns in rounds:
-                    turns[name].evaluations = counted.evaluations
-
-    payload = {
+    benchmark.pedantic(both, rounds=1, iterations=1)
+    payload: dict[str, Any] = {
+        "name": work.name,
         "problem": problem.describe(),
-        "sweep_moves_parameters": way,
-        "rtol": RTOL,
-        "rounds": len(rounds),
-        "directions_of_whole_call": whole.n,
+        "engine": whole.plan["engine"],
         "plan": whole.plan,
-        "largest_deviation_of_log_radius": deviations,
-        **comparison(rounds, whole),
-        "hit_or_miss": hit_or_miss(points, whole),
+        "goals": {"bisection": work.bisection, "sweep": work.sweep, "floor": work.floor},
+        "peers": {
+            "bisection": {"moves": functional.name, "threads": functional.threads},
+            "sweep": {"moves": quickest.name, "threads": quickest.threads},
+        },
+        "whole_call": whole_call(whole, measured["default"]),
+        **measured,
     }
+    if work.hit_or_miss:
+        points = peers.HitOrMiss(problem, quickest.loss_at, seed=2)
+        with peers.torch_threads(quickest.threads):
+            points.run(whole.seconds)
+        payload["hit_or_miss"] = hit_or_miss(points, whole)
+    table[name] = payload
     benchmark.extra_info.update(payload)
-    show(report, problem, payload)
-    report.keep(f"peers_{net}", payload)
+    show(report, work, payload)
 
     if not short:
         behind = {
-            f"{peer} / {name}": ratio
-            for peer, against in payload["ratios"].items()
-            for name, ratio in against.items()
-            # A whole call is timed once, not in turns: another process may have slowed it alone.
-            if ratio <= 1 and name in _SEARCHES
+            f"{peer}, {label}": result["ratios"][peer]
+            for label, result in measured.items()
+            for peer in ("bisection", "sweep")
+            if result["ratios"][peer] < 1
         }
         assert not behind, f"fastvol is behind: {behind}"
-        assert payload["hit_or_miss"]["fastvol_ahead_by"] > 0
+        if work.hit_or_miss:
+            assert payload["hit_or_miss"]["fastvol_ahead_by"] > 0
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """As many threads for the peers as fastvol's plan has chosen for itself."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def in_turns(
+    problem: Problem,
+    whole: fastvol.VolumeEstimate,
+    ways: tuple[peers.Way, peers.Way],
+    floor: Floor,
+    rtol: float,
+    rounds: int,
+    effort: Effort,
+) -> dict[str, Any]:
+    """Times and ratios at one tolerance: medians over the rounds.
 
+    Args:
+        problem: what is measured.
+        whole: an earlier call, which tells the plan and where a bisection may start.
+        ways: of the bisection and the sweep to evaluate the loss.
+        floor: one pass of matrix work.
+        rtol: of fastvol. The bisection has 1e-3 in any case; a second one is as fine as fastvol.
+        rounds, effort: how much is done.
+    """
+    functional, quickest = ways
+    seed = 1
+    normals = peers.Normals(problem, seed=1)
+    # The bisection starts where a pilot would tell it to, at no cost to it.
+    start = math.exp(float(np.median(whole.log_radii)))
 
-def comparison(rounds: Rounds, whole: fastvol.VolumeEstimate) -> dict[str, Any]:
-    """Times, evaluations and ratios: medians over the rounds."""
+    def directions(way: peers.Way, evaluations: int) -> int:
+        return max(1, round(effort.turn / (evaluations * way.seconds)))
 
-    def over_rounds(value: Callable[[dict[str, Turn]], float]) -> float:
-        return median(value(turns) for turns in rounds)
+    def bisection(to: float) -> Peer:
+        return Peer(
+            functional,
+            lambda: peers.bisect(functional.loss_at, normals(), problem.threshold, start, to),
+            directions(functional, 3 + round(math.log2(1 / to))),
+        )
 
-    names = _PEERS + _SEARCHES
-    ms = {name: over_rounds(lambda turns, n=name: turns[n].ms_per_direction) for name in names}
-    ms["whole"] = 1e3 * whole.seconds / whole.n
-    evaluations = {
-        name: over_rounds(lambda turns, n=name: turns[n].evaluations / turns[n].directions)
-        for name in names
+    contenders = {
+        "bisection": bisection(RTOL),
+        "sweep": Peer(
+            quickest,
+            lambda: peers.sweep(quickest.loss_at, normals(), problem.threshold),
+            directions(quickest, len(peers.COEFFICIENTS)),
+        ),
     }
-    evaluations["whole"] = whole.n_loss / whole.n
-    ratios: dict[str, dict[str, float]] = {}
-    for peer in _PEERS:
-        ratios[peer] = {
-            own: over_rounds(
-                lambda turns, p=peer, o=own: turns[p].ms_per_direction / turns[o].ms_per_direction
-            )
-            for own in _SEARCHES
-        }
-        if whole.n >= _LONG_CALL:
-            ratios[peer]["whole"] = ms[peer] / ms["whole"]
+    if rtol != RTOL:
+        contenders["bisection_as_fine"] = bisection(rtol)
+    block = ours.block_size(whole, effort.turn)
+    taken: list[Round] = []
+    deviations: dict[str, float] = {}
+
+    def between(progress: Progress, seconds: list[float]) -> None:
+        if not seconds:
+            with peers.torch_threads(functional.threads):
+                deviations.update(
+                    agreement.check(
+                        problem,
+                        functional.loss_at,
+                        progress.log_radii[: effort.agree],
+                        seed,
+                        rtol,
+                        sweep=rtol == RTOL,
+                    )
+                )
+            return
+        turns = {"search": Turn(seconds[-1], block)}
+        turns |= {name: peer.turn() for name, peer in contenders.items()}
+        turns["floor"] = Turn(1e-3 * floor.milliseconds(), 1)
+        taken.append(turns)
+
+    ours.search_blocks(problem, whole.plan, block, rounds, rtol, seed, between)
+
+    def over_rounds(value: Callable[[Round], float]) -> float:
+        return median(value(turns) for turns in taken)
+
+    def ms(name: str) -> float:
+        return over_rounds(lambda turns: turns[name].ms_per_direction)
+
+    def ratio(slow: str, fast: str) -> float:
+        return over_rounds(
+            lambda turns: turns[slow].ms_per_direction / turns[fast].ms_per_direction
+        )
+
     return {
-        "ms_per_direction": ms,
-        "evaluations_per_direction": evaluations,
-        # Plan, pilot and audit: what a call costs beyond its search.
+        "rtol": rtol,
+        "ms_per_direction": {name: ms(name) for name in ("search", *contenders)},
+        "ms_of_floor": ms("floor"),
+        "ratios": {name: ratio(name, "search") for name in contenders},
+        "search_over_floor": ratio("search", "floor"),
+        "largest_deviation_of_log_radius": deviations,
+        "rounds": len(taken),
+        "turns": [{name: asdict(turn) for name, turn in turns.items()} for turns in taken],
+    }
+
+
+def whole_call(whole: fastvol.VolumeEstimate, beside: dict[str, Any]) -> dict[str, Any]:
+    """What plan, pilot and audit add, at the default tolerance; timed once, not in turns."""
+    ms = beside["ms_per_direction"]
+    own = 1e3 * whole.seconds / whole.n
+    return {
+        "directions": whole.n,
+        "seconds": whole.seconds,
         "seconds_beside_search": whole.seconds - whole.n * ms["search"] / 1e3,
-        "ratios": ratios,
-        "turns": [{name: asdict(turn) for name, turn in turns.items()} for turns in rounds],
+        "losses_per_direction": whole.n_loss / whole.n,
+        "ratios": {name: ms[name] / own for name in ("bisection", "sweep")}
+        if whole.n >= _LONG_CALL
+        else None,
     }
 
 
@@ -219,51 +283,78 @@ def hit_or_miss(points: peers.HitOrMiss, result: fastvol.VolumeEstimate) -> dict
     }
 
 
-def show(report: Report, problem: Problem, payload: dict[str, Any]) -> None:
-    """The table of one network."""
-    labels = {
-        "sweep": f"sweep of 100 coefficients, {payload['sweep_moves_parameters']}",
-        "bisection": f"bisection to {RTOL:g}, functional_call",
-        "search": f"fastvol, search to {RTOL:g}",
-        "search_auto": "fastvol, search to its default",
-        "whole": f"fastvol, whole call of {payload['directions_of_whole_call']} directions",
-    }
-    rows: list[tuple[str, ...]] = [
-        ("", "ms/direction", "losses/direction", "/ search", "/ search, default", "/ whole call")
-    ]
-    for name, label in labels.items():
-        ratios = payload["ratios"].get(name)
-        rows.append(
-            (
-                label,
-                f"{payload['ms_per_direction'][name]:.2f}",
-                f"{payload['evaluations_per_direction'][name]:.1f}",
-                *(
-                    f"{ratios[own]:.2f}" if ratios and own in ratios else ""
-                    for own in ("search", "search_auto", "whole")
-                ),
+def against(value: float, goal: float | None, *, least: bool = True) -> str:
+    """A figure beside its goal, as the inequality that holds."""
+    if goal is None:
+        return f"{value:.2f}"
+    met = value >= goal if least else value <= goal
+    sign = ("≥" if met else "<") if least else ("≤" if met else ">")
+    return f"{value:.2f} {sign} {goal:g}"
+
+
+def show_table(report: Report, works: dict[str, Any]) -> None:
+    """All works: times, ratios, and the goals beside them."""
+    heading = ("", "rtol", "fastvol", "bisection", "sweep", "bisection / fastvol")
+    rows: list[tuple[str, ...]] = [(*heading, "sweep / fastvol", "fastvol / floor")]
+    for row in works.values():
+        goals = row["goals"]
+        for label in ("rtol_1e-3", "default"):
+            found = row[label]
+            ms, ratios = found["ms_per_direction"], found["ratios"]
+            rows.append(
+                (
+                    row["name"] if label == "rtol_1e-3" else "  the default tolerance",
+                    f"{found['rtol']:.2g}",
+                    *(f"{ms[name]:.2f}" for name in ("search", "bisection", "sweep")),
+                    against(ratios["bisection"], goals["bisection"]),
+                    against(ratios["sweep"], goals["sweep"]),
+                    against(found["search_over_floor"], goals["floor"], least=False),
+                )
             )
-        )
-    off = payload["largest_deviation_of_log_radius"]
     report.table(
-        f"{problem.name}: {problem.dim:,} parameters, {len(problem.inputs)} images "
-        f"({problem.source}), medians of {payload['rounds']} rounds; the columns on the right are "
-        "ratios, time of the peer / time of fastvol",
+        "A direction in ms; ratios of times, medians of turns, ≥ or < the goal; rtol is fastvol's, "
+        "the bisection has 1e-3; the floor is one pass of matrix work over the data",
         rows,
     )
+
+
+def show(report: Report, work: Work, payload: dict[str, Any]) -> None:
+    """What the table has no column for."""
+    problem, plan, whole = payload["problem"], payload["plan"], payload["whole_call"]
+    off = payload["rtol_1e-3"]["largest_deviation_of_log_radius"]
+    sweep, bisection = payload["peers"]["sweep"], payload["peers"]["bisection"]
+    ratios, fine = whole["ratios"], payload["default"]["ratios"]["bisection_as_fine"]
+    compared = (
+        f"; of a whole call: {ratios['bisection']:.2f} (bisection), {ratios['sweep']:.2f} (sweep)"
+        if ratios
+        else ""
+    )
+    report.lines += [
+        "",
+        f"{work.name}: {problem['parameters']:,} parameters, {problem['examples']} examples "
+        f"({problem['source']}); {payload['engine']} engine, {plan['lanes']} lanes, "
+        f"{plan['threads']} thread(s)",
+        f"  the sweep moves parameters {sweep['moves']} on {sweep['threads']} thread(s), the "
+        f"bisection has {bisection['threads']}",
+        f"  on the same directions log radii differ by at most {off['bisection']:.1e} (bisection), "
+        f"{off['sweep']:.1e} (sweep)",
+        f"  at the default tolerance fastvol is {fine:.2f} times as fast as a bisection as fine",
+        f"  a whole call of {whole['directions']} directions: {whole['seconds']:.1f} s, of them "
+        f"{whole['seconds_beside_search']:.1f} s for plan, pilot and audit; "
+        f"{whole['losses_per_direction']:.1f} losses a direction, all counted{compared}",
+    ]
+    if "hit_or_miss" not in payload:
+        return
     found = payload["hit_or_miss"]
     ahead = found["fastvol_ahead_by"]
     balls = ", ".join(
         f"{ball['hits']} of {ball['points']} at R = {ball['radius']:g}" for ball in found["balls"]
     )
-    report.lines += [
-        f"  plan, pilot and audit took {payload['seconds_beside_search']:.1f} s of the whole call",
-        f"  on the same directions log radii differ by at most {off['bisection']:.1e} (bisection), "
-        f"{off['sweep']:.1e} (sweep)",
+    report.lines.append(
         f"  hit-or-miss: {found['points_per_second']:.0f} points a second; in the "
         f"{found['seconds']:.1f} s of the whole call its lower bound is "
-        f"{abs(ahead):,.0f} nats {'below' if ahead > 0 else 'above'} fastvol's ({balls})",
-    ]
+        f"{abs(ahead):,.0f} nats {'below' if ahead > 0 else 'above'} fastvol's ({balls})"
+    )
 
 
 def test_error_of_hit_or_miss(benchmark: Any, report: Report, short: bool) -> None:

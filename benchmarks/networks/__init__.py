@@ -1,0 +1,9 @@
+"""The benchmarks' networks, untrained, as plain modules. One file each; this list names them."""
+
+from .cnn import cnn
+from .mlp import mlp
+from .reader import RowReader
+from .resnet import ResNet
+from .transformer import Transformer
+
+__all__ = ["ResNet", "RowReader", "Transformer", "cnn", "mlp"]

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from torch import nn
+
+
+def cnn(classes: int) -> nn.Sequential:
+    """For 1×28×28: two 3×3 convolutions 1-32-64, each with ReLU and max-pool 2, then 3136-128."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3136, 128),
+        nn.ReLU(),
+        nn.Linear(128, classes),
+    )
