@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,8 @@ from fastvol._reference import noise
 from . import peers
 from .peers import Direction, LossAt
 from .problems import Problem
+
+Float = npt.NDArray[np.float64]
 
 # What the two ways of rounding θ* + c·s·z in float32 may do to a log radius.
 _ROUNDING = 1e-5
@@ -33,29 +37,46 @@ def fastvol_direction(problem: Problem, seed: int, index: int) -> Direction:
     return Direction(parts, float(norm[0]))
 
 
+@dataclass
+class Agreement:
+    """How well radii agree on the same directions.
+
+    Args:
+        compared: directions.
+        reentrant: of them, rays that cross the threshold more than once, where a bracket may hold
+            another crossing than the first.
+        largest: deviation in log radius on the others, by peer.
+    """
+
+    compared: int = 0
+    reentrant: int = 0
+    largest: dict[str, float] = field(default_factory=dict)
+
+
 def check(
     problem: Problem,
     loss_at: LossAt,
-    log_radii: npt.NDArray[np.float64],
+    log_radii: Float,
     seed: int,
     rtol: float,
     *,
+    first_crossings: Callable[[], Float],
     sweep: bool = True,
-) -> dict[str, float]:
+) -> Agreement:
     """Compares fastvol's radii with the peers' on the same directions.
 
-    A bisection must agree within the two tolerances, the sweep within its grid step.
+    A bisection must agree within the two tolerances, the sweep within its grid step. Where the
+    sweep's own losses cross the threshold more than once, fastvol's first crossing is compared with
+    the sweep's instead.
 
     Args:
         problem: what is measured.
         loss_at: evaluates it.
-        log_radii: of fastvol's directions 0, 1, …, float64 ``[count]``.
+        log_radii: of fastvol's directions 0, 1, …, before the audit, float64 ``[count]``.
         seed: of these directions.
         rtol: tolerance of both searches.
+        first_crossings: fastvol's log radii of them with every ray scanned; called where needed.
         sweep: whether the sweep is compared too, which costs 100 evaluations a direction.
-
-    Returns:
-        The largest deviations in log radius.
 
     Raises:
         DisagreementError: they do not agree.
@@ -63,25 +84,53 @@ def check(
     # Both brackets hold the root: fastvol's point is within rtol of it, a midpoint within half.
     allowed = 1.5 * rtol + _ROUNDING
     start = math.exp(float(np.median(log_radii)))
-    worst: dict[str, float] = {}
+    agreement = Agreement()
     for index, ours in enumerate(log_radii.tolist()):
+        agreement.compared += 1
         direction = fastvol_direction(problem, seed, index)
         found = peers.bisect(loss_at, direction, problem.threshold, start, rtol)
-        off = abs(math.log(found.radius) - ours)
-        worst["bisection"] = max(worst.get("bisection", 0.0), off)
-        if off > allowed:
-            raise DisagreementError(
-                f"no ratio: on direction {index} bisection finds {found.radius:.6g}, fastvol "
-                f"{math.exp(ours):.6g}; log radii may differ by {allowed:.2g}, they do by {off:.2g}"
+        off = {"bisection": abs(math.log(found.radius) - ours)}
+        trouble = None
+        if off["bisection"] > allowed:
+            trouble = (
+                f"bisection finds {found.radius:.6g}, fastvol {math.exp(ours):.6g}; log radii may "
+                f"differ by {allowed:.2g}, they do by {off['bisection']:.2g}"
             )
-        if not sweep:
+        if sweep:
+            cell = _sweep(problem, loss_at, direction)
+            off["sweep"] = abs(math.log(cell[1]) - ours)
+            trouble = trouble or _outside(cell, ours, allowed)
+        if trouble is None:
+            for peer, value in off.items():
+                agreement.largest[peer] = max(agreement.largest.get(peer, 0.0), value)
             continue
-        swept = peers.sweep(loss_at, direction, problem.threshold)
-        low, high = peers.sweep_cell(swept.radius, direction.norm)
-        worst["sweep"] = max(worst.get("sweep", 0.0), abs(math.log(swept.radius) - ours))
-        if not low * (1 - allowed) <= math.exp(ours) <= high * (1 + allowed):
-            raise DisagreementError(
-                f"no ratio: on direction {index} the sweep finds a crossing in [{low:.6g}, "
-                f"{high:.6g}], fastvol at {math.exp(ours):.6g}"
-            )
-    return worst
+        if _crosses_once(problem, loss_at, direction):
+            raise DisagreementError(f"no ratio: on direction {index} {trouble}")
+        agreement.reentrant += 1
+        first = float(first_crossings()[index])
+        trouble = _outside(_sweep(problem, loss_at, direction), first, allowed)
+        if trouble is not None:
+            raise DisagreementError(f"no ratio: on direction {index}, all rays scanned, {trouble}")
+    return agreement
+
+
+def _sweep(problem: Problem, loss_at: LossAt, direction: Direction) -> tuple[float, float]:
+    radius = peers.sweep(loss_at, direction, problem.threshold).radius
+    return peers.sweep_cell(radius, direction.norm)
+
+
+def _outside(cell: tuple[float, float], log_radius: float, allowed: float) -> str | None:
+    """What is wrong with a radius that does not lie between the sweep's two points."""
+    low, high = cell
+    if low * (1 - allowed) <= math.exp(log_radius) <= high * (1 + allowed):
+        return None
+    return (
+        f"the sweep finds a crossing in [{low:.6g}, {high:.6g}], fastvol at "
+        f"{math.exp(log_radius):.6g}"
+    )
+
+
+def _crosses_once(problem: Problem, loss_at: LossAt, direction: Direction) -> bool:
+    """Whether no point of the sweep beyond the first outside is inside again."""
+    outside = [loss_at(direction, c) > problem.threshold for c in peers.COEFFICIENTS]
+    return outside == sorted(outside)

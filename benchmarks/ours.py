@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch.nn.functional as F
 
 import fastvol
@@ -25,6 +27,13 @@ def whole_call(
 ) -> VolumeEstimate:
     """``fastvol.estimate`` with everything that belongs to it: plan, pilot, search, audit."""
     return _estimate(problem, n, rtol, seed, plan, [])
+
+
+def first_crossings(
+    problem: Problem, plan: Mapping[str, Any], n: int, rtol: Any, seed: int
+) -> npt.NDArray[np.float64]:
+    """Log radii of the first ``n`` directions with every ray scanned, float64 ``[n]``."""
+    return _estimate(problem, n, rtol, seed, plan, [], first_crossing=True).log_radii
 
 
 def affordable_call(
@@ -112,6 +121,7 @@ def _estimate(
     seed: int,
     plan: Mapping[str, Any] | None,
     callbacks: list[Any],
+    first_crossing: bool = False,
 ) -> VolumeEstimate:
     return fastvol.estimate(
         problem.model,
@@ -123,6 +133,7 @@ def _estimate(
         method="radial",
         rtol=rtol,
         seed=seed,
+        first_crossing=first_crossing,
         plan=plan,
         progress=False,
         callbacks=callbacks,

@@ -14,6 +14,9 @@ from .conftest import Problems, Report
 # Directions of a full and a short run, and the most that the loop may take of a full one.
 CASES = {"mlp": (256, 8, 0.05), "cnn": (8, 4, 0.05), "tiny": (8192, 256, None)}
 
+# A warning that another engine had to serve is shown, as is the engine.
+pytestmark = pytest.mark.filterwarnings("default::fastvol.FastvolWarning")
+
 
 @pytest.fixture(scope="module")
 def measured(report: Report) -> Iterator[dict[str, Any]]:
