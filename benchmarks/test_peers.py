@@ -55,7 +55,7 @@ class Effort:
     agree: int
 
 
-FULL = Effort(40.0, 8, 1.2, (5, 3), 4)
+FULL = Effort(40.0, 8, 1.2, (5, 3), 3)
 SHORT = Effort(0.3, 4, 0.03, (1, 1), 1)
 
 
