@@ -94,7 +94,7 @@ def row_space(
     rank = int((values > 1e-12 * values[0] * max(everything.shape)).sum())
     if rank >= width:
         raise ValueError(
-            f"noise='rowspace': the first layer's inputs span all of its {width} dimensions, so that "
+            f"noise='rowspace': the first layer's inputs span all its {width} dimensions, so that "
             "nothing would be saved; use noise='full'"
         )
     shapes = tuple(
