@@ -13,6 +13,9 @@ from fastvol._proposal import Proposal
 from fastvol.preconditioners import Matrix
 from fastvol.sampling.field import Level
 from fastvol.sampling.moves import (
+    FORCES as KINDS,
+)
+from fastvol.sampling.moves import (
     CrankNicolson,
     GreatCircleSlice,
     Hamiltonian,
@@ -46,8 +49,8 @@ def generators(seed=0):
 MOVES = {
     "hamiltonian": lambda *pair: Hamiltonian(*pair, adapt=False),
     "long steps": lambda *pair: Hamiltonian(*pair, step_size=1.2, adapt=False),
-    "smoothed": lambda *pair: Hamiltonian(*pair, adapt=False, _smoothed=True),
-    "refined": lambda *pair: Hamiltonian(*pair, adapt=False, _refinements=2),
+    "smoothed": lambda *pair: Hamiltonian(*pair, adapt=False, force="smoothed"),
+    "refined": lambda *pair: Hamiltonian(*pair, adapt=False, force="refined"),
     "slice": GreatCircleSlice,
     "crank-nicolson": lambda *pair: CrankNicolson(*pair, size=0.6),
     "small steps": lambda *pair: CrankNicolson(*pair, size=0.3, repeats=12),
@@ -468,7 +471,7 @@ def test_refined_forces_are_those_of_the_end(monkeypatch):
     assert ends < 1e-3
 
 
-def test_a_force_that_is_to_blame_is_refined(monkeypatch):
+def test_a_force_that_is_to_blame_is_replaced(monkeypatch):
     """Where no step is short enough, as at a radius far from every end."""
 
     def use(problem):
@@ -485,6 +488,6 @@ def test_a_force_that_is_to_blame_is_refined(monkeypatch):
 
     body = bodies.mixed_powers([2.0, 8.0] * 15)
     report = within(monkeypatch, body, use)
-    assert report["refinements"] >= 1
+    assert report["force"] == KINDS.index("refined")
     assert report["acceptance"] > 0.15
     assert report["step_size"] > 0.03

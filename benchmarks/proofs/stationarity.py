@@ -139,7 +139,13 @@ class OwnRadius(RayField):
     own: Float
 
     def force(
-        self, units: Tensor, log_multiple: float, level: Level, *, smoothed: bool = False
+        self,
+        units: Tensor,
+        log_multiple: float,
+        level: Level,
+        *,
+        smoothed: bool = False,
+        refinements: int = 0,
     ) -> tuple[Tensor, Float]:
         """∇log W / d where it is homogeneous, at ``own``."""
         gradient = self.gradient(units, self.own)
@@ -157,19 +163,17 @@ class OwnRadiusMove(Hamiltonian):
         return super().step(field, state, level)
 
 
-def _hamiltonian(smoothed: bool, refinements: int = 0) -> Callable[..., Move]:
+def _hamiltonian(force: str) -> Callable[..., Move]:
     def make(generator: torch.Generator, rng: np.random.Generator) -> Move:
-        return Hamiltonian(
-            generator, rng, adapt=False, _smoothed=smoothed, _refinements=refinements
-        )
+        return Hamiltonian(generator, rng, adapt=False, force=force)
 
     return make
 
 
 MOVES: Mapping[str, Callable[[torch.Generator, np.random.Generator], Move]] = {
-    "hamiltonian": _hamiltonian(smoothed=False),
-    "hamiltonian, smoothed force": _hamiltonian(smoothed=True),
-    "hamiltonian, refined force": _hamiltonian(smoothed=False, refinements=2),
+    "hamiltonian": _hamiltonian("plain"),
+    "hamiltonian, smoothed force": _hamiltonian("smoothed"),
+    "hamiltonian, refined force": _hamiltonian("refined"),
     "slice": lambda generator, rng: GreatCircleSlice(generator, rng, repeats=1),
     "crank-nicolson": lambda generator, rng: CrankNicolson(generator, rng, repeats=1, size=0.6),
     "own radius": lambda generator, rng: OwnRadiusMove(generator, rng, adapt=False),

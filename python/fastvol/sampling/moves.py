@@ -32,11 +32,14 @@ _TARGET_ACCEPTANCE = 0.7
 # A move of which fewer chains than this are accepted is made again with a shorter step.
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
-# So many shorter steps in vain, and the force is taken nearer to the ends of the rays.
-_IN_VAIN = 1
-_MOST_REFINEMENTS = 3
-# Steps longer than this need no other force; below it the smoothed one is tried so often first.
-_COMFORTABLE = 0.05
+FORCES = ("plain", "refined", "smoothed")
+_OTHERS = FORCES[1:]
+# How much longer the steps of a force must be than the plain one's to be worth its price.
+_WORTH = {"plain": 1.0, "refined": 1.3, "smoothed": 1.0}
+# Steps of the search for the ends of the rays that the refined force makes.
+_REFINEMENTS = 2
+# Below these steps of the plain force another one is tried, so often before it is judged.
+_COMFORTABLE = {"refined": 0.15, "smoothed": 0.05}
 _TRIALS = 8
 _MOST_SHRINKS = 60
 _PCN_ACCEPTANCE = 0.35
@@ -64,18 +67,18 @@ class Move(Protocol):
 class Hamiltonian:
     """Geodesic Hamiltonian Monte Carlo.
 
-    Two forces are at hand: the plain one, and one whose single large components are cut, which
-    takes longer steps where the loss has kinks. While the plain one needs short steps both are
-    tried, and the one with the longer steps is kept. Where no step is short enough the force itself
-    is to blame, since it is taken at one radius for all: then it is taken nearer to the ends of the
-    rays, at the price of some losses.
+    Three forces are at hand. The plain one; a smoothed one, whose single large components are cut,
+    which takes longer steps where the loss has kinks; a refined one, taken nearer to the ends of
+    the rays at the price of two losses, where one radius for all misleads. While the plain one
+    needs short steps the others are tried, and the one with the longest steps is kept.
 
     Args:
         generator: of the velocities, on the rays' device.
         rng: of everything else.
         step_size: of the first leapfrog step, radians.
         most_leapfrogs: in one move.
-        adapt: whether the step size follows the acceptance.
+        adapt: whether the step size follows the acceptance, and the force the step size.
+        force: the first one; one of ``FORCES``.
     """
 
     generator: torch.Generator
@@ -83,13 +86,13 @@ class Hamiltonian:
     step_size: float = 0.4
     most_leapfrogs: int = 256
     adapt: bool = True
+    force: str = "plain"
     name: str = "hamiltonian"
 
     _log_multiple: float = 0.0
-    _smoothed: bool = False
-    _refinements: int = 0
-    _sizes: list[float] = field(default_factory=list)
-    _tried: list[int] = field(default_factory=lambda: [0, 0])
+    # Of the forces that have been tried.
+    _sizes: dict[str, float] = field(default_factory=dict)
+    _tried: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORCES, 0))
     _accepted: float = 0.0
     _moves: int = 0
     _capped: int = 0
@@ -99,39 +102,33 @@ class Hamiltonian:
         del level
         self._log_multiple = float(np.median(population.log_multiples))
         self._accepted, self._moves, self._capped = 0.0, 0, 0
-        if not self._sizes:
-            self._sizes = [self.step_size, self.step_size]
+        self._sizes.setdefault("plain", self.step_size)
+        self._sizes.setdefault(self.force, self.step_size)
 
     def step(self, field: RayField, state: Population, level: Level) -> Population:
         """One trajectory of about a quarter circle for every chain."""
-        self._choose_force()
-        first = self._sizes[self._smoothed]
+        if self.adapt:
+            self._choose_force()
+        first = self._sizes[self.force]
         for retry in range(_MOST_RETRIES):
             proposed, log_ratio = self._trajectory(field, state, level)
             rate = float(np.exp(log_ratio).mean())
-            if self.adapt and rate <= _HOPELESS and self._may_refine(retry):
-                self._refinements += 1
-                self._sizes[self._smoothed] = first
-            elif self.adapt:
-                # A step far too long, as the first one may be, would waste a whole level.
-                change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE))
-                change = change if rate > _HOPELESS else 0.4
-                size = self._sizes[self._smoothed] * change
-                self._sizes[self._smoothed] = min(max(size, 1e-5), 1.5)
-            if rate > _HOPELESS or not self.adapt:
+            if not self.adapt:
                 break
+            # A step far too long, as the first one may be, would waste a whole level.
+            change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE)) if rate > _HOPELESS else 0.4
+            self._sizes[self.force] = min(max(self._sizes[self.force] * change, 1e-5), 1.5)
+            if rate > _HOPELESS:
+                break
+            self._change_force(retry, first)
         self._accepted += rate
         self._moves += 1
-        self._tried[self._smoothed] += 1
+        self._tried[self.force] += 1
         accepted = np.log(self.rng.uniform(size=len(state))) < log_ratio
         result = state.take(np.arange(len(state)))
         taken = np.flatnonzero(accepted)
         result.put(taken, proposed.take(taken))
         return result
-
-    def _may_refine(self, retry: int) -> bool:
-        """Whether steps shorter by a good deal have not helped, so that another force may."""
-        return retry % (_IN_VAIN + 1) == _IN_VAIN and self._refinements < _MOST_REFINEMENTS
 
     def _trajectory(
         self, field: RayField, state: Population, level: Level
@@ -139,7 +136,7 @@ class Hamiltonian:
         """Where every chain ends, and the log probability with which it goes there."""
         d, q = field.dim, state.units
         # One number of steps for all chains: their gradients are one call.
-        epsilon = self._sizes[self._smoothed] * float(self.rng.uniform(0.85, 1.15))
+        epsilon = self._sizes[self.force] * float(self.rng.uniform(0.85, 1.15))
         wanted = max(1, round(0.5 * math.pi * float(self.rng.uniform(0.7, 1.3)) / epsilon))
         steps = min(wanted, self.most_leapfrogs)
         self._capped += wanted > steps
@@ -163,33 +160,44 @@ class Hamiltonian:
             q,
             self._log_multiple,
             level,
-            smoothed=self._smoothed,
-            refinements=self._refinements,
+            smoothed=self.force == "smoothed",
+            refinements=_REFINEMENTS if self.force == "refined" else 0,
         )
 
     def _choose_force(self) -> None:
-        plain, smoothed = self._sizes
-        tried = self._tried[1]
-        if not self.adapt or plain > _COMFORTABLE:
-            self._smoothed = False
-        elif tried == 0:
-            self._sizes[1] = plain
-            self._smoothed = True
-        elif tried < _TRIALS:
+        """Tries the others while the plain force needs short steps; then keeps the best."""
+        plain = self._sizes["plain"]
+        self.force = "plain"
+        needed = [other for other in _OTHERS if plain <= _COMFORTABLE[other]]
+        if not needed:
+            return
+        for other in needed:
+            if self._tried[other] == 0:
+                self._sizes[other] = plain
             # It is given up as soon as it needs the shorter steps.
-            self._smoothed = smoothed > 0.7 * plain
-        else:
-            self._smoothed = smoothed > plain
+            if self._tried[other] < _TRIALS and self._sizes[other] > 0.7 * plain:
+                self.force = other
+                return
+        self.force = max(FORCES, key=lambda name: self._sizes.get(name, 0.0) / _WORTH[name])
+
+    def _change_force(self, retry: int, first: float) -> None:
+        """After a move in vain: drops a force on trial; tries the refined one for the plain one."""
+        if self.force != "plain" and self._tried[self.force] < _TRIALS:
+            self._tried[self.force] = _TRIALS
+            self.force = "plain"
+        elif self.force == "plain" and retry >= 1 and self._tried["refined"] == 0:
+            # Where shorter steps do not help, the force itself is to blame.
+            self.force = "refined"
+            self._sizes["refined"] = first
 
     def report(self) -> dict[str, float]:
-        """Acceptance, step size, and the share of moves cut short by the leapfrog cap."""
+        """Acceptance, step size, force by its place in ``FORCES``, share of moves cut short."""
         moves = max(self._moves, 1)
         return {
             "acceptance": self._accepted / moves,
-            "step_size": self._sizes[self._smoothed],
-            "smoothed": float(self._smoothed),
+            "step_size": self._sizes[self.force],
+            "force": float(FORCES.index(self.force)),
             "capped": self._capped / moves,
-            "refinements": float(self._refinements),
         }
 
 
