@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from torch import Tensor
 
 import fastvol
 
@@ -23,30 +24,34 @@ from .data import Sources
 from .problems import Problem, mnist_mlp
 from .record import RESULTS, record
 
-_RADII = (25.0, 28.0, 31.1, 34.2, 36.6, 40.0, 45.0, 50.0, 55.0, 57.0, 60.0)
+_RADII = (25.0, 28.0, 31.1, 34.2, 36.6, 40.0, 45.0, 50.0, 55.0, 57.0, 60.0, 64.0, 68.0)
+# Typical radius of the widest normal law.
+_WIDEST = 68.0
+
+
+def _without_gradient(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.detach(), target)
+
 
 # Stage to the arguments of its call: n is the budget in plain directions.
 STAGES: dict[str, dict[str, Any]] = {
     "radial": {"method": "radial", "n": 30_000, "measure": fastvol.Lebesgue(60.0)},
+    # Hamiltonian moves, once those of one loss have become short.
     "annealed": {
         "method": "annealed",
         "n": 60_000,
         "measure": fastvol.Lebesgue(57.0),
         "preconditioner": None,
     },
+    # Another path and another move: Crank–Nicolson steps alone.
     "splitting": {
         "method": "splitting",
-        "n": 40_000,
-        "measure": fastvol.Lebesgue(45.0),
-        "preconditioner": None,
-    },
-    "gaussian": {
-        "method": "annealed",
+        "loss_fn": _without_gradient,
         "n": 60_000,
-        # c = 1 is a normal law of typical radius 57.
-        "measure": None,
+        "measure": fastvol.Lebesgue(57.0),
         "preconditioner": None,
     },
+    "gaussian": {"method": "annealed", "n": 60_000, "measure": None, "preconditioner": None},
 }
 
 
@@ -54,14 +59,14 @@ def measure(problem: Problem, stage: str, n: float | None, replicates: int) -> d
     """One stage."""
     call = dict(STAGES[stage])
     if call["measure"] is None:
-        scale = {name: 57.0 / problem.dim**0.5 * s for name, s in problem.scale().items()}
+        scale = {name: _WIDEST / problem.dim**0.5 * s for name, s in problem.scale().items()}
         call["measure"] = fastvol.Gaussian(scale)
     if n is not None:
         call["n"] = n
     began = time.perf_counter()
     result = fastvol.estimate(
         problem.model,
-        F.cross_entropy,
+        call.pop("loss_fn", F.cross_entropy),
         data=(problem.inputs, problem.targets),
         threshold=problem.threshold,
         metric="filter",
@@ -70,7 +75,7 @@ def measure(problem: Problem, stage: str, n: float | None, replicates: int) -> d
         **call,
     )
     gaussian = stage == "gaussian"
-    radii = np.array(_RADII) / 57.0 if gaussian else np.array(_RADII)
+    radii = np.array(_RADII) / _WIDEST if gaussian else np.array(_RADII)
     if not gaussian:
         radii = radii[radii <= call["measure"].max_radius]
     profile = result.profile(radii)
@@ -78,7 +83,8 @@ def measure(problem: Problem, stage: str, n: float | None, replicates: int) -> d
     return {
         "network": problem.describe(),
         "stage": stage,
-        "n": call["n"],
+        "n": result.config["n"],
+        "plan": result.plan,
         "replicates": replicates,
         "seconds": time.perf_counter() - began,
         "n_loss": result.n_loss,

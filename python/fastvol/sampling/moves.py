@@ -36,6 +36,8 @@ FORCES = ("plain", "refined", "smoothed")
 _OTHERS = FORCES[1:]
 # How much longer the steps of a force must be than the plain one's to be worth its price.
 _WORTH = {"plain": 1.0, "refined": 1.3, "smoothed": 1.0}
+# Relative difference of the two forces from which on the refined one is tried at all.
+_MISLED = 0.02
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
 # Below these steps of the plain force another one is tried, so often before it is judged.
@@ -90,6 +92,7 @@ class Hamiltonian:
     name: str = "hamiltonian"
 
     _log_multiple: float = 0.0
+    _misled: bool | None = None
     # Of the forces that have been tried.
     _sizes: dict[str, float] = field(default_factory=dict)
     _tried: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORCES, 0))
@@ -102,13 +105,14 @@ class Hamiltonian:
         del level
         self._log_multiple = float(np.median(population.log_multiples))
         self._accepted, self._moves, self._capped = 0.0, 0, 0
+        self._misled = None
         self._sizes.setdefault("plain", self.step_size)
         self._sizes.setdefault(self.force, self.step_size)
 
     def step(self, field: RayField, state: Population, level: Level) -> Population:
         """One trajectory of about a quarter circle for every chain."""
         if self.adapt:
-            self._choose_force()
+            self._choose_force(field, state, level)
         first = self._sizes[self.force]
         for retry in range(_MOST_RETRIES):
             proposed, log_ratio = self._trajectory(field, state, level)
@@ -120,7 +124,7 @@ class Hamiltonian:
             self._sizes[self.force] = min(max(self._sizes[self.force] * change, 1e-5), 1.5)
             if rate > _HOPELESS:
                 break
-            self._change_force(retry, first)
+            self._change_force(field, state, level, retry, first)
         self._accepted += rate
         self._moves += 1
         self._tried[self.force] += 1
@@ -164,31 +168,46 @@ class Hamiltonian:
             refinements=_REFINEMENTS if self.force == "refined" else 0,
         )
 
-    def _choose_force(self) -> None:
+    def _choose_force(self, field: RayField, state: Population, level: Level) -> None:
         """Tries the others while the plain force needs short steps; then keeps the best."""
         plain = self._sizes["plain"]
         self.force = "plain"
-        needed = [other for other in _OTHERS if plain <= _COMFORTABLE[other]]
-        if not needed:
-            return
-        for other in needed:
+        others = [other for other in _OTHERS if plain <= _COMFORTABLE[other]]
+        if "refined" in others and not self._is_misled(field, state, level):
+            others.remove("refined")
+        for other in others:
             if self._tried[other] == 0:
                 self._sizes[other] = plain
             # It is given up as soon as it needs the shorter steps.
             if self._tried[other] < _TRIALS and self._sizes[other] > 0.7 * plain:
                 self.force = other
                 return
-        self.force = max(FORCES, key=lambda name: self._sizes.get(name, 0.0) / _WORTH[name])
+        self.force = max(["plain", *others], key=lambda name: self._sizes[name] / _WORTH[name])
 
-    def _change_force(self, retry: int, first: float) -> None:
+    def _change_force(
+        self, field: RayField, state: Population, level: Level, retry: int, first: float
+    ) -> None:
         """After a move in vain: drops a force on trial; tries the refined one for the plain one."""
         if self.force != "plain" and self._tried[self.force] < _TRIALS:
             self._tried[self.force] = _TRIALS
             self.force = "plain"
-        elif self.force == "plain" and retry >= 1 and self._tried["refined"] == 0:
-            # Where shorter steps do not help, the force itself is to blame.
+            return
+        # Where shorter steps do not help, the force itself may be to blame.
+        untried = self.force == "plain" and self._tried["refined"] == 0
+        if untried and retry >= 1 and self._is_misled(field, state, level):
             self.force = "refined"
             self._sizes["refined"] = first
+
+    def _is_misled(self, field: RayField, state: Population, level: Level) -> bool:
+        """Whether the plain force on this level is another one than at the ends of the rays."""
+        if self._misled is None:
+            plain, refined = (
+                field.force(state.units, self._log_multiple, level, refinements=steps)[0]
+                for steps in (0, _REFINEMENTS)
+            )
+            gap = (refined - plain).norm(dim=1) / refined.norm(dim=1).clamp(min=1e-30)
+            self._misled = float(gap.median()) > _MISLED
+        return self._misled
 
     def report(self) -> dict[str, float]:
         """Acceptance, step size, force by its place in ``FORCES``, share of moves cut short."""
