@@ -31,17 +31,14 @@ FASTVOL_INLINE double minus_log1p(double f) {
     return s * (f - z * q);
 }
 
+// (log(1 + f) - f + f^2 / 2) / f^3, highest degree first
+inline constexpr float log1p_float[] = {0.0697161147145f, -0.114797338466f, 0.116854199235f,
+                                        -0.124256873315f, 0.142490576457f,  -0.166678023195f,
+                                        0.200007157489f,  -0.24999996958f,  0.3333333118f};
+
 FASTVOL_INLINE float minus_log1p(float f) {
-    // (log(1 + f) - f + f^2 / 2) / f^3
-    float p = 0.0697161147145f;
-    p = p * f - 0.114797338466f;
-    p = p * f + 0.116854199235f;
-    p = p * f - 0.124256873315f;
-    p = p * f + 0.142490576457f;
-    p = p * f - 0.166678023195f;
-    p = p * f + 0.200007157489f;
-    p = p * f - 0.24999996958f;
-    p = p * f + 0.3333333118f;
+    float p = log1p_float[0];
+    for (int i = 1; i < 9; ++i) p = p * f + log1p_float[i];
     const float square = f * f;
     return 0.5f * square - square * (f * p);
 }
@@ -53,18 +50,24 @@ struct CosSin {
     Real sine;
 };
 
+// (sin(2 pi r) / r - 2 pi) / r^2 and (cos(2 pi r) - 1) / r^2 in r^2, highest degree first
+inline constexpr float sine_float[] = {41.589542148733f, -76.701285894895f, 81.605234992318f,
+                                       -41.341702233426f};
+inline constexpr float cosine_float[] = {59.424105981756f, -85.448820089651f, 64.939369051419f,
+                                         -19.739208789987f};
+// 2 pi in two parts: its rounding alone would cost as much as all other errors.
+inline constexpr float two_pi_high_float = 6.2831855f;
+inline constexpr float two_pi_low_float = 1.7484556e-7f;  // to be subtracted
+
 FASTVOL_INLINE CosSin<float> cos_sin_turns(float r) {
     const float z = r * r;
-    float s = 41.589542148733f;
-    s = s * z - 76.701285894895f;
-    s = s * z + 81.605234992318f;
-    s = s * z - 41.341702233426f;
-    float c = 59.424105981756f;
-    c = c * z - 85.448820089651f;
-    c = c * z + 64.939369051419f;
-    c = c * z - 19.739208789987f;
-    // 2 pi in two parts: its rounding alone would cost as much as all other errors.
-    return {1.0f + z * c, r * 6.2831855f + r * (z * s - 1.7484556e-7f)};
+    float s = sine_float[0];
+    float c = cosine_float[0];
+    for (int i = 1; i < 4; ++i) {
+        s = s * z + sine_float[i];
+        c = c * z + cosine_float[i];
+    }
+    return {1.0f + z * c, r * two_pi_high_float + r * (z * s - two_pi_low_float)};
 }
 
 FASTVOL_INLINE CosSin<double> cos_sin_turns(double r) {

@@ -74,18 +74,20 @@ void for_chunks(const std::vector<Unit>& units, std::int64_t dimension, unsigned
                });
 }
 
-// Calls body(z, begin, n) for each tile of a chunk; entries of z from n on are zero.
-template <typename Real, typename Body>
-void for_tiles(const VectorKey& key, const Chunk& chunk, Body&& body) {
-    alignas(64) std::array<Real, tile_size> z;
+// Fills z with the n coordinates from begin on; its entries from n on are zero.
+template <typename Real>
+void fill_part(const VectorKey& key, std::int64_t begin, int n, std::array<Real, tile_size>& z) {
+    constexpr int step = 4 * kernels::block_step;
+    const int blocks = (n + step - 1) / step * kernels::block_step;
+    kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), blocks, z.data());
+    std::fill(z.begin() + n, z.end(), Real{0});
+}
+
+// Calls body(begin, n) for each tile of a chunk.
+template <typename Body>
+void for_tiles(const Chunk& chunk, Body&& body) {
     for (std::int64_t begin = chunk.begin; begin < chunk.end; begin += tile_size) {
-        const auto n = static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin));
-        const int blocks = std::min(
-            (n + 4 * kernels::block_step - 1) / (4 * kernels::block_step) * kernels::block_step,
-            kernels::tile_blocks);
-        kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), blocks, z.data());
-        std::fill(z.begin() + n, z.end(), Real{0});
-        body(z.data(), begin, n);
+        body(begin, static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin)));
     }
 }
 
@@ -123,21 +125,30 @@ void normals(const Directions& directions, std::span<const Real> scale,
     for_chunks(units, d, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t index) {
         const double sign = sign_of(directions, unit.row);
         Real* row = out.data() + static_cast<std::int64_t>(unit.row) * d;
+        const auto factor = static_cast<Real>(sign);
+        const VectorKey key = vector_of(directions, unit.row);
+        const bool plain = scale.empty() && sign > 0.0;
+        alignas(64) std::array<Real, tile_size> tile;
         Sums square_sums{};
         Sums product_sums{};
-        for_tiles<Real>(vector_of(directions, unit.row), chunk,
-                        [&](const Real* z, std::int64_t begin, int n) {
-                            kernels::add_squares(z, square_sums.data());
-                            if (!project.empty()) {
-                                add_products_of_part(z, project.data() + begin, n, product_sums);
-                            }
-                            const auto factor = static_cast<Real>(sign);
-                            const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
-                            kernels::write_scaled(z, factor, tile_scale, n, row + begin);
-                            if (unit.pair) {
-                                kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
-                            }
-                        });
+        for_tiles(chunk, [&](std::int64_t begin, int n) {
+            const Real* z = tile.data();
+            if (plain && n == tile_size) {
+                // Nothing is to be done to z: it is made where it belongs.
+                z = row + begin;
+                kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), kernels::tile_blocks,
+                                   row + begin);
+            } else {
+                fill_part(key, begin, n, tile);
+            }
+            kernels::add_squares(z, square_sums.data());
+            if (!project.empty()) {
+                add_products_of_part(z, project.data() + begin, n, product_sums);
+            }
+            const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+            if (z == tile.data()) kernels::write_scaled(z, factor, tile_scale, n, row + begin);
+            if (unit.pair) kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
+        });
         squares[index] = total(square_sums);
         if (!project.empty()) products[index] = sign * total(product_sums);
     });
@@ -163,21 +174,23 @@ void perturb(const Directions& directions, std::span<const Real> theta0,
              std::span<const double> coefficient, std::span<const Real> scale, unsigned threads,
              std::span<Real> out) {
     const std::int64_t d = directions.dimension;
-    for_chunks(
-        units_of(directions), d, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t) {
-            for_tiles<Real>(
-                vector_of(directions, unit.row), chunk,
-                [&](const Real* z, std::int64_t begin, int n) {
-                    const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
-                    for (std::size_t row = unit.row; row <= unit.row + (unit.pair ? 1 : 0); ++row) {
-                        const auto factor =
-                            static_cast<Real>(sign_of(directions, row) * coefficient[row]);
-                        kernels::write_perturbed(
-                            z, factor, tile_scale, theta0.data() + begin, n,
-                            out.data() + static_cast<std::int64_t>(row) * d + begin);
-                    }
-                });
-        });
+    for_chunks(units_of(directions), d, threads,
+               [&](const Unit& unit, const Chunk& chunk, std::size_t) {
+                   const VectorKey key = vector_of(directions, unit.row);
+                   alignas(64) std::array<Real, tile_size> z;
+                   for_tiles(chunk, [&](std::int64_t begin, int n) {
+                       fill_part(key, begin, n, z);
+                       const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                       const std::size_t rows = unit.pair ? 2 : 1;
+                       for (std::size_t row = unit.row; row < unit.row + rows; ++row) {
+                           const auto factor =
+                               static_cast<Real>(sign_of(directions, row) * coefficient[row]);
+                           kernels::write_perturbed(
+                               z.data(), factor, tile_scale, theta0.data() + begin, n,
+                               out.data() + static_cast<std::int64_t>(row) * d + begin);
+                       }
+                   });
+               });
 }
 
 template void normals<float>(const Directions&, std::span<const float>, std::span<const double>,

@@ -159,9 +159,49 @@ FASTVOL_INLINE void perturbed(const Real* z, Real factor, const Real* scale, con
 
 }  // namespace
 
-FASTVOL_VERSIONS void fill_tile(const VectorKey& key, std::uint32_t first_block, int blocks,
-                                float* z) {
+FASTVOL_VERSIONS void fill_tile_plain(const VectorKey& key, std::uint32_t first_block, int blocks,
+                                      float* z) {
     fill(key, first_block, blocks, z);
+}
+
+FASTVOL_VERSIONS void add_squares_plain(const float* z, double* sums) {
+    fold(z, z, sums);
+}
+
+namespace {
+
+constexpr FloatVersion versions[] = {
+#ifdef FASTVOL_X86_KERNELS
+    // Conversion to float64 is no faster in longer vectors.
+    {"avx512", fill_tile_avx512, add_squares_avx2},
+    {"avx2", fill_tile_avx2, add_squares_avx2},
+#endif
+    {"plain", fill_tile_plain, add_squares_plain},
+};
+
+std::size_t first_supported() {
+#ifdef FASTVOL_X86_KERNELS
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? 0 : (avx2 ? 1 : 2);
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+
+std::span<const FloatVersion> float_versions() {
+    static const std::span<const FloatVersion> supported =
+        std::span<const FloatVersion>(versions).subspan(first_supported());
+    return supported;
+}
+
+void fill_tile(const VectorKey& key, std::uint32_t first_block, int blocks, float* z) {
+    float_versions().front().fill_tile(key, first_block, blocks, z);
 }
 
 FASTVOL_VERSIONS void fill_tile(const VectorKey& key, std::uint32_t first_block, int blocks,
@@ -169,8 +209,8 @@ FASTVOL_VERSIONS void fill_tile(const VectorKey& key, std::uint32_t first_block,
     fill(key, first_block, blocks, z);
 }
 
-FASTVOL_VERSIONS void add_squares(const float* z, double* sums) {
-    fold(z, z, sums);
+void add_squares(const float* z, double* sums) {
+    float_versions().front().add_squares(z, sums);
 }
 
 FASTVOL_VERSIONS void add_squares(const double* z, double* sums) {

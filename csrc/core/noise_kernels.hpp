@@ -2,15 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "core/philox.hpp"
+
+// Kernels in vector instructions, of which one is chosen at the first call.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTVOL_X86_KERNELS
+#endif
 
 namespace fastvol::kernels {
 
 inline constexpr int tile_blocks = 64;
 inline constexpr int tile_size = 4 * tile_blocks;
 // Tiles are filled in multiples of this many blocks, so that short vectors do not pay for a tile.
-inline constexpr int block_step = 16;
+inline constexpr int block_step = 32;
 // Independent sums a tile is folded into.
 inline constexpr int sum_lanes = 64;
 
@@ -33,5 +39,20 @@ void write_perturbed(const float* z, float factor, const float* scale, const flo
                      float* out);
 void write_perturbed(const double* z, double factor, const double* scale, const double* theta0,
                      int n, double* out);
+
+// The versions of the float32 kernels that this processor can run, the fastest first; all give the
+// same bits.
+struct FloatVersion {
+    const char* name;
+    void (*fill_tile)(const VectorKey& key, std::uint32_t first_block, int blocks, float* z);
+    void (*add_squares)(const float* z, double* sums);
+};
+std::span<const FloatVersion> float_versions();
+
+#ifdef FASTVOL_X86_KERNELS
+void fill_tile_avx512(const VectorKey& key, std::uint32_t first_block, int blocks, float* z);
+void fill_tile_avx2(const VectorKey& key, std::uint32_t first_block, int blocks, float* z);
+void add_squares_avx2(const float* z, double* sums);
+#endif
 
 }  // namespace fastvol::kernels
