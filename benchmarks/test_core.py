@@ -1,4 +1,4 @@
-"""The C++ core on its own: normals and radial integrals a second."""
+"""The C++ core on its own: normals and radial integrals a second, the losses of many rays."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from .conftest import Report
 
 core = pytest.importorskip("fastvol._core", reason="the C++ core is not built")
 
 _DIM = 235_146
-_ROWS = 4
+_ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,86 @@ def test_normals(
     report.lines.append(
         f"Core: {rate / 1e6:.0f} million {dtype} normals a second on {threads} thread(s), with "
         f"norms; torch's normal_ takes {ratio:.2f} times as long"
+    )
+    measured.append(payload)
+
+
+_LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("cross_entropy", (60, 10)),
+        ("cross_entropy", (600, 10)),
+        ("cross_entropy", (6000, 10)),
+        ("cross_entropy", (8, 50_000)),
+        ("mse", (6000,)),
+        ("bce_with_logits", (6000,)),
+    ],
+    ids=str,
+)
+def test_ray_losses(
+    kind: str,
+    shape: tuple[int, ...],
+    benchmark: Any,
+    measured: list[dict[str, Any]],
+    report: Report,
+    short: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(_ROWS, *shape, generator=generator)
+    if kind == "cross_entropy":
+        target = torch.randint(0, shape[1], shape[:1], generator=generator)
+    else:
+        target = torch.rand(shape, generator=generator)
+    loss_fn = _LOSSES[kind]
+
+    def ours() -> Any:
+        return core.ray_losses(outputs.numpy(), target.numpy(), kind=kind)[0]
+
+    def theirs() -> list[float]:
+        return [loss_fn(ray, target, reduction="sum").item() for ray in outputs]
+
+    np.testing.assert_allclose(ours(), theirs(), rtol=1e-5)
+    seconds: list[float] = []
+    # One thread is often the faster: so small a loss ends before the others have started.
+    threads = sorted({1, torch.get_num_threads()})
+    torch_seconds: dict[int, list[float]] = {n: [] for n in threads}
+
+    def one_round() -> None:
+        began = time.perf_counter()
+        ours()
+        seconds.append(time.perf_counter() - began)
+        for n in threads:
+            torch.set_num_threads(n)
+            began = time.perf_counter()
+            theirs()
+            torch_seconds[n].append(time.perf_counter() - began)
+
+    try:
+        benchmark.pedantic(one_round, rounds=10 if short else 100, warmup_rounds=2, iterations=1)
+    finally:
+        torch.set_num_threads(threads[-1])
+    ratio = min(
+        median(b / a for a, b in zip(seconds, theirs_seconds, strict=True))
+        for theirs_seconds in torch_seconds.values()
+    )
+    payload = {
+        "loss": kind,
+        "rays": _ROWS,
+        "shape": list(shape),
+        "seconds": median(seconds),
+        "torch_loop_time_over_ours": ratio,
+    }
+    benchmark.extra_info.update(payload)
+    report.lines.append(
+        f"Core: {kind} of {_ROWS} rays, {shape} float32 outputs each, in "
+        f"{1e6 * median(seconds):.0f} us; PyTorch, ray by ray, takes {ratio:.1f} times as long"
     )
     measured.append(payload)
 

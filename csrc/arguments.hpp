@@ -39,6 +39,10 @@ template <>
 constexpr const char* dtype_name<double>() {
     return "float64";
 }
+template <>
+constexpr const char* dtype_name<std::int64_t>() {
+    return "int64";
+}
 
 // True where the array holds exactly this type, in native byte order.
 template <typename T>

@@ -59,3 +59,10 @@ show(
     log(mpf(2)) / 2 * mpf("1.0001"),
     10,
 )
+show(
+    "float exp: (exp(r) - 1 - r) / r^2",
+    without_limit(lambda r: (exp(r) - 1 - r) / r**2, mpf(1) / 2),
+    -log(mpf(2)) / 2 * mpf("1.001"),
+    log(mpf(2)) / 2 * mpf("1.001"),
+    5,
+)

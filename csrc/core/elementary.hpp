@@ -110,4 +110,52 @@ FASTVOL_INLINE double exponential(double x) {
     return ((r * r) * p + r + 1.0) * std::bit_cast<double>(power);
 }
 
+// exp(x) for |x| <= 87, to 2 parts in 1e7; nan gives nan.
+FASTVOL_INLINE float exponential(float x) {
+    constexpr float shifter = 0x1.8p23f;
+    const float shifted = x * 1.44269504f + shifter;
+    const float n = shifted - shifter;
+    const float r = (x - n * ln2_high_float) - n * ln2_low_float;
+    // (exp(r) - 1 - r) / r^2
+    float p = 0.00139262507515f;
+    p = p * r + 0.00836323288368f;
+    p = p * r + 0.041666554213f;
+    p = p * r + 0.166665765761f;
+    p = p * r + 0.5f;
+    const std::uint32_t power = (std::bit_cast<std::uint32_t>(shifted) + 127u) << 23;
+    return ((r * r) * p + r + 1.0f) * std::bit_cast<float>(power);
+}
+
+// log(1 + x) for finite x >= 0, to a few parts in 1e7 of itself, however small; nan gives nan.
+FASTVOL_INLINE float log_1p(float x) {
+    const float u = 1.0f + x;
+    // What the rounding of u lost, exactly; it is small beside u.
+    const float large = x > 1.0f ? x : 1.0f;
+    const float small = x > 1.0f ? 1.0f : x;
+    const float lost = small - (u - large);
+    constexpr std::uint32_t sqrt_half = 0x3f3504f3u;
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(u) - sqrt_half;
+    const auto e = static_cast<float>(static_cast<std::int32_t>(bits >> 23));
+    const float f = std::bit_cast<float>((bits & 0x007fffffu) + sqrt_half) - 1.0f;
+    const float rest = (e * ln2_low_float - minus_log1p(f)) + lost / u;
+    const float value = e * ln2_high_float + (f + rest);
+    return x == x ? value : x;
+}
+
+// The same in float64, to a few parts in 1e16.
+FASTVOL_INLINE double log_1p(double x) {
+    const double u = 1.0 + x;
+    const double large = x > 1.0 ? x : 1.0;
+    const double small = x > 1.0 ? 1.0 : x;
+    const double lost = small - (u - large);
+    constexpr std::uint64_t sqrt_half = 0x3fe6a09e667f3bcdu;
+    const std::uint64_t bits = std::bit_cast<std::uint64_t>(u) - sqrt_half;
+    // A small integer in the low bits of 2^52 is that much more than 2^52.
+    const double e = std::bit_cast<double>((bits >> 52) | 0x4330000000000000u) - 0x1p52;
+    const double f = std::bit_cast<double>((bits & 0x000fffffffffffffu) + sqrt_half) - 1.0;
+    const double rest = (e * ln2_low - minus_log1p(f)) + lost / u;
+    const double value = e * ln2_high + (f + rest);
+    return x == x ? value : x;
+}
+
 }  // namespace fastvol

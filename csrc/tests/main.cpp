@@ -7,6 +7,7 @@ void test_noise();
 void test_search();
 void test_radial();
 void test_log_mean_exp();
+void test_losses();
 }  // namespace fastvol::tests
 
 int main() {
@@ -15,6 +16,7 @@ int main() {
     test_search();
     test_radial();
     test_log_mean_exp();
+    test_losses();
     if (failures > 0) std::fprintf(stderr, "%d checks failed\n", failures);
     return failures > 0 ? 1 : 0;
 }

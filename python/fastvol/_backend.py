@@ -18,6 +18,7 @@ from .errors import FastvolWarning, NotAvailableError
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 
 BUILD_HINT = "build it with `pip install .` (or `python setup.py build_ext --inplace`)"
 
@@ -29,6 +30,7 @@ class Backend:
     name: str
     normals: Callable[..., tuple[Float, Float]]
     perturb: Callable[..., None]
+    ray_losses: Callable[..., tuple[Float, Bool]]
     search: Callable[..., Any]
     log_ball_volume: Callable[[int], float]
     log_radial_lebesgue: Callable[..., Float]
@@ -87,12 +89,13 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import accumulate, noise, radial, search
+    from ._reference import accumulate, losses, noise, radial, search
 
     return Backend(
         name="torch",
         normals=noise.normals,
         perturb=noise.perturb,
+        ray_losses=losses.ray_losses,
         search=search.search,
         log_ball_volume=radial.log_ball_volume,
         log_radial_lebesgue=radial.log_radial_lebesgue,
@@ -165,10 +168,35 @@ def _cpp_backend(core: Any) -> Backend:
             threads=threads,
         )
 
+    def ray_losses(
+        outputs: Tensor,
+        target: Tensor,
+        *,
+        kind: str,
+        limit: Float | None = None,
+        ignore_index: int = -100,
+        threads: int = 1,
+    ) -> tuple[Float, Bool]:
+        wanted = torch.int64 if kind == "cross_entropy" else outputs.dtype
+        if not on_cpu(outputs) or target.device.type != "cpu" or target.dtype != wanted:
+            return reference.ray_losses(
+                outputs, target, kind=kind, limit=limit, ignore_index=ignore_index
+            )
+        sums, outside = core.ray_losses(
+            outputs.detach().contiguous().numpy(),
+            target.detach().contiguous().numpy(),
+            kind=kind,
+            limit=limit,
+            ignore_index=ignore_index,
+            threads=threads,
+        )
+        return sums, outside
+
     return Backend(
         name="cpp",
         normals=normals,
         perturb=perturb,
+        ray_losses=ray_losses,
         search=core.search,
         log_ball_volume=core.log_ball_volume,
         log_radial_lebesgue=core.log_radial_lebesgue,

@@ -45,6 +45,15 @@ def perturb(
     scale: _Real | None = None,
     threads: int = 1,
 ) -> None: ...
+def ray_losses(
+    outputs: _Real,
+    target: _Int64 | _Real,
+    *,
+    kind: Literal["cross_entropy", "mse", "bce_with_logits"],
+    limit: _Float64 | None = None,
+    ignore_index: int = -100,
+    threads: int = 1,
+) -> tuple[_Float64, npt.NDArray[np.bool_]]: ...
 def search(
     engine: _Engine,
     start: _Float64,
