@@ -417,9 +417,9 @@ def test_lanes_are_respected(lanes: int, monkeypatch: pytest.MonkeyPatch) -> Non
     in_flight = []
     loss = GeneralEngine.loss
 
-    def watched(self: GeneralEngine, radii: np.ndarray, asked: Any = None) -> Any:
+    def watched(self: GeneralEngine, radii: np.ndarray, asked: Any = None, **options: Any) -> Any:
         in_flight.append(len(radii))
-        return loss(self, radii, asked)
+        return loss(self, radii, asked, **options)
 
     monkeypatch.setattr(GeneralEngine, "loss", watched)
     result = fastvol.estimate(model, F.mse_loss, n=80, data=data, lanes=lanes)

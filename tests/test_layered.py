@@ -390,6 +390,35 @@ def test_several_batches_and_dense_rays() -> None:
     np.testing.assert_allclose(*values, rtol=1e-12)
 
 
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss])
+@pytest.mark.parametrize("rows", [0, 20])
+def test_losses_beyond_the_limit(loss_fn: Any, rows: int) -> None:
+    """Lower bounds above it, flagged; the others in full."""
+    torch.manual_seed(15)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.randn(2000, 6).double()
+    target = torch.randn(2000, 3).double()
+    if loss_fn is F.cross_entropy:
+        target = torch.randint(3, (2000,))
+    ours, theirs = build(model, loss_fn, (x, target), replace(PLAN, rows=rows))
+    ids, radii = np.arange(LANES), np.array([0.01, 3.0, 9.0, 30.0])
+    for engine in (ours, theirs):
+        engine.load(ids, Indexed(SEED, ids))
+    exact = theirs.loss(radii).values
+    order = np.argsort(exact)
+    limit = float(np.sqrt(exact[order[1]] * exact[order[2]]))
+    losses = ours.loss(radii, limit=limit)
+    assert losses.outside is not None
+    beyond = exact > limit
+    assert losses.outside.tolist() == beyond.tolist()
+    np.testing.assert_allclose(losses.values[~beyond], exact[~beyond], rtol=1e-12)
+    assert (losses.values[beyond] > limit).all()
+    assert (losses.values[beyond] <= exact[beyond] * (1 + 1e-12)).all()
+    # Something was saved.
+    assert losses.values[order[3]] < exact[order[3]]
+    assert ours.loss(radii).outside is None
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_antithetic_pairs(scaled: bool) -> None:
     """Partners share their noise; in whatever order and place they are loaded."""

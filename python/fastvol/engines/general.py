@@ -6,6 +6,7 @@ slower (a batch of rays falls out of cache) or where ``vmap`` cannot go.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -239,8 +240,9 @@ class GeneralEngine:
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows if self._scale is None else rows * self._scale
 
-    def loss(self, radii: Float, lanes: Int | None = None) -> Losses:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+    def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
+        """See :class:`fastvol.engines.protocol.Engine`; every loss is made in full."""
+        del limit
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
         total, weight = np.zeros(len(lanes)), 0.0

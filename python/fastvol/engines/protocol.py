@@ -5,6 +5,7 @@ A ray is θ* + s ⊙ (t·v): v a direction in metric coordinates w, t ≥ 0 its 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+Bool = npt.NDArray[np.bool_]
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
@@ -65,7 +67,7 @@ class Losses(NamedTuple):
     """Losses float64 ``[k]``; where ``outside`` is set the entry is a lower bound above τ."""
 
     values: Float
-    outside: npt.NDArray[np.bool_] | None = None
+    outside: Bool | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ class Engine(Protocol):
         """Puts one ray on each of ``lanes`` (int64 ``[k]``); they stay until replaced."""
         ...
 
-    def loss(self, radii: Float, lanes: Int | None = None) -> Losses:
-        """The loss at ``radii`` (float64 ``[k]``) on ``lanes`` (all of them by default)."""
+    def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
+        """The loss at ``radii`` (float64 ``[k]``) on ``lanes`` (all of them by default).
+
+        Of a loss that is known to exceed ``limit`` the engine need not know more.
+        """
         ...
 
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:

@@ -22,6 +22,7 @@ Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 SCAN_POINTS = 32
+_FAR = 50.0
 _SCAN_SPAN = math.log(8.0)
 _PILOT_DIRECTIONS = 32
 _PILOT_STREAM = 1
@@ -54,6 +55,8 @@ class RayLoss:
         self.shift = self.log_norm = self.proposal_shift = np.zeros(0)
         self.n_loss = 0
         self.seconds = 0.0
+        # A loss beyond is only known to lie there.
+        self.limit = math.inf
         # Losses a direction, as the pilot found.
         self.price = math.nan
 
@@ -97,7 +100,7 @@ class RayLoss:
     def loss(self, lanes: Int, radii: Float) -> Any:
         """The losses of some lanes at their radii."""
         began = time.perf_counter()
-        losses = self._engine.loss(radii, lanes)
+        losses = self._engine.loss(radii, lanes, limit=self.limit)
         self.n_loss += len(lanes)
         self.seconds += time.perf_counter() - began
         return losses.values if losses.outside is None else (losses.values, losses.outside)
@@ -174,6 +177,8 @@ def settle(
         start: log multiples of v to start from ``[k]``; the pilot's median by default.
     """
     loss.assign(ids)
+    # Interpolation has little use for a loss far above the threshold.
+    loss.limit = problem.loss0 + _FAR * max(threshold - problem.loss0, 0.0)
     if start is None:
         start = np.full(len(ids), pilot.start_log_radius)
     log_rho, status = problem.backend.search(
@@ -302,6 +307,7 @@ def _inspect_boundary(
     lane = np.array([0])
     for ray, root in zip(rays, log_radii, strict=True):
         loss.assign(np.array([ray]))
+        loss.limit = math.inf
         loss.load(lane, lane)
         points = root + np.concatenate([wide, fine])
         values = np.array([float(loss.loss(lane, np.exp([x]))[0]) for x in points])
@@ -344,6 +350,8 @@ def scan(
 ) -> npt.NDArray[np.bool_]:
     """Looks for an earlier crossing on the rays ``ids`` and corrects their radii in place."""
     loss.assign(ids)
+    # A scan only asks whether a point lies outside, but for the crossing that it may find.
+    loss.limit = problem.loss0 + _FAR * max(threshold - problem.loss0, 0.0)
     known = rays.log_radii[ids]
     norms: Float | float = 0.0
     if loss.proposal is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from ..._backend import Backend
 from ..._layout import ParameterLayout
 from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
-from ..protocol import Dense, Float, Indexed, Int, Losses, RayInfo, Rays
+from ..protocol import Bool, Dense, Float, Indexed, Int, Losses, RayInfo, Rays
 from .program import Program
 from .rowspace import RowSpace, row_space
 from .tracing import Traced, UntraceableError, signature, trace
@@ -53,10 +55,7 @@ class LayeredEngine(GeneralEngine):
             self._full = torch.zeros((plan.lanes, layout.size)).to(self._theta0)
         self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
         self._traced = _traced_parts(objective, layout, plan.rows)
-        self._programs = [
-            Program(traced, part, self._start, lanes=plan.lanes, cached=plan.cached)
-            for traced, part in self._traced
-        ]
+        self._programs = self._compiled(lanes=plan.lanes, cached=plan.cached)
         self._pairs = _Pairs()
         # Lanes whose direction the programs have not seen: gradients do not need them to.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
@@ -196,26 +195,42 @@ class LayeredEngine(GeneralEngine):
         assert rows is not None
         return rows
 
-    def loss(self, radii: Float, lanes: Int | None = None) -> Losses:
+    def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
         """See :class:`fastvol.engines.protocol.Engine`."""
         lanes = np.arange(self.lanes) if lanes is None else lanes
-        total = np.zeros(len(lanes))
+        total, outside = np.zeros(len(lanes)), np.zeros(len(lanes), dtype=np.bool_)
         with torch.no_grad():
             self._show(lanes[self._fresh[lanes]])
             for first in range(0, len(lanes), self._plan.chunk):
                 part = slice(first, first + self._plan.chunk)
-                total[part] = self._chunk(radii[part], lanes[part])
-        return Losses(total / self._weight)
+                total[part], outside[part] = self._chunk(radii[part], lanes[part], limit)
+        return Losses(total / self._weight, outside if outside.any() else None)
 
-    def _chunk(self, radii: Float, lanes: Int) -> Float:
-        span = span_of(lanes)
+    def _chunk(self, radii: Float, lanes: Int, limit: float) -> tuple[Float, Bool]:
+        """Weighted sums of the batches' losses, and where they stopped at the limit."""
+        total, outside = np.zeros(len(lanes)), np.zeros(len(lanes), dtype=np.bool_)
+        going = np.arange(len(lanes))
         coefficient = self._coefficient(radii, lanes)
+        span = span_of(lanes)
         moved = self._parameters(coefficient, lanes, span)
-        total = np.zeros(len(lanes))
         for program in self._programs:
-            values = program.loss(lanes, coefficient, moved, span)
-            total += program.weight * values.to("cpu", torch.float64).numpy()
-        return total
+            left = None
+            if math.isfinite(limit):
+                left = (limit * self._weight - total[going]) / program.weight
+            values, beyond = program.losses(lanes, coefficient, moved, span, left)
+            total[going] += program.weight * values
+            if beyond is None or not beyond.any():
+                continue
+            outside[going[beyond]] = True
+            stays = np.flatnonzero(~beyond)
+            if not len(stays):
+                break
+            # The others go on without them.
+            going, lanes, span = going[stays], lanes[stays], None
+            index = torch.from_numpy(stays).to(coefficient.device)
+            coefficient = coefficient[index]
+            moved = {i: value[index] for i, value in moved.items()}
+        return total, outside
 
     def _coefficient(self, radii: Float, lanes: Int) -> Tensor:
         """What s⊙z is multiplied with ``[k]``."""
@@ -281,8 +296,12 @@ class LayeredEngine(GeneralEngine):
     @cached_property
     def _differentiable(self) -> list[Program]:
         """The programs in a form that remembers how its values were made."""
+        return self._compiled(lanes=0, cached=False, differentiable=True)
+
+    def _compiled(self, **options: Any) -> list[Program]:
+        ray_losses = self._backend.ray_losses
         return [
-            Program(traced, part, self._start, lanes=0, cached=False, differentiable=True)
+            Program(traced, part, ray_losses, self._start, **options)
             for traced, part in self._traced
         ]
 

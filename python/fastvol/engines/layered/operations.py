@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -624,3 +625,58 @@ def _elementwise_loss(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step
         return total / math.prod(shape_of(x)) if reduction == _MEAN else total
 
     return run
+
+
+@dataclass(frozen=True)
+class SummedLoss:
+    """A last operation that sums a loss over examples, as the core can.
+
+    Args:
+        kind: its name there.
+        outputs, target: nodes.
+        mean: whether the sum is divided by its number of terms.
+        ignore_index: of classes.
+    """
+
+    kind: str
+    outputs: fx.Node
+    target: fx.Node
+    mean: bool
+    ignore_index: int = -100
+
+    def count(self, target: Tensor) -> float:
+        """What the sum is divided by."""
+        if not self.mean:
+            return 1.0
+        if self.kind == "cross_entropy":
+            return float((target != self.ignore_index).sum())
+        return float(target.numel())
+
+
+_SUMMED = {
+    "cross_entropy_loss": "cross_entropy",
+    "mse_loss": "mse",
+    "binary_cross_entropy_with_logits": "bce_with_logits",
+}
+
+
+def summed_loss(node: fx.Node, rays: Set[fx.Node]) -> SummedLoss | None:
+    """The loss of ``node`` as the core sums it; ``None`` where it is another one."""
+    kind = _SUMMED.get(operation_name(node))
+    if kind is None:
+        return None
+    given = arguments(node)
+    x, target, reduction = given["self"], given["target"], given["reduction"]
+    weighted = given.get("weight") is not None or given.get("pos_weight") is not None
+    if weighted or given.get("label_smoothing") or reduction not in (_MEAN, _SUM):
+        return None
+    if x not in rays or target in rays:
+        return None
+    wanted, dtype = target.meta["val"], x.meta["val"].dtype
+    if kind == "cross_entropy":
+        fits = wanted.dtype == torch.int64 and len(shape_of(x)) == 2
+    else:
+        fits = wanted.dtype == dtype and shape_of(x) == shape_of(target)
+    if not fits or dtype not in (torch.float32, torch.float64):
+        return None
+    return SummedLoss(kind, x, target, reduction == _MEAN, given.get("ignore_index", -100))

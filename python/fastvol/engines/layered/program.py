@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from ..._objective import Batch
-from .operations import Step, Values, evaluate, operation_name, shape_of, step_for
+from .operations import Step, Values, evaluate, operation_name, shape_of, step_for, summed_loss
 from .tracing import Traced, UntraceableError, arguments, is_view, leaves
 
+Bool = npt.NDArray[np.bool_]
+Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -46,6 +48,7 @@ class Program:
     Args:
         traced: the graph of batches of its shape.
         batch: the data.
+        ray_losses: the backend's; sums a loss that it knows over the examples of many rays.
         start: the parameters at θ*, by position.
         lanes: the most rays that are loaded at once.
         cached: whether what is linear in the parameters is kept for all radii of a direction.
@@ -60,6 +63,7 @@ class Program:
         self,
         traced: Traced,
         batch: Batch,
+        ray_losses: Callable[..., tuple[Float, Bool]],
         start: Sequence[Tensor],
         *,
         lanes: int,
@@ -69,8 +73,8 @@ class Program:
         self._graph = traced.graph
         self._lanes = lanes
         self._differentiable = differentiable
+        self._ray_losses = ray_losses
         self.weight = batch.weight
-        self.nonnegative = False
         nodes = list(traced.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         self._parameters = inputs[: traced.n_parameters]
@@ -109,6 +113,7 @@ class Program:
             if node not in self._shared and node.op in ("placeholder", "call_function")
         }
         nonlinear = [n for n in nodes if n in rays and n not in self._linear and _is_call(n)]
+        self._summed = None if self._differentiable else summed_loss(self._result, rays)
         wanted = {part for node in nonlinear for part in node.all_input_nodes}
         if self._result in self._linear:
             wanted.add(self._result)
@@ -118,7 +123,11 @@ class Program:
         self._kept = [n for n in nodes if n in self._linear and n in wanted and n not in parameters]
         # Autograd needs the values that a step in place would overwrite.
         reusable = None if self._differentiable else set(self._kept)
-        self._steps = _instructions(nonlinear, rays, self._shared, self._result, reusable=reusable)
+        last = self._result
+        if self._summed is not None:
+            # The core's own sum takes the place of the last step.
+            last, nonlinear = self._summed.outputs, [n for n in nonlinear if n is not self._result]
+        self._steps = _instructions(nonlinear, rays, self._shared, last, reusable=reusable)
         # The same operations on W give the base, and on Z the change.
         needed = _ancestors(self._kept)
         linear = [n for n in nodes if n in self._linear and n in needed and _is_call(n)]
@@ -133,14 +142,11 @@ class Program:
         self._base = {node: base[node][0] for node in self._kept}
         self._change = {node: _rows_like(value, self._lanes) for node, value in self._base.items()}
         self._used = [i for i, node in enumerate(self._parameters) if node in needed]
-        self.nonnegative = operation_name(self._result) in (
-            "cross_entropy_loss",
-            "mse_loss",
-            "l1_loss",
-            "binary_cross_entropy_with_logits",
-        )
         reached = set(nonlinear) | set(linear)
         used = {part for node in reached for part in node.all_input_nodes}
+        if self._summed is not None:
+            used.add(self._summed.target)
+            self._count = self._summed.count(self._shared[self._summed.target])
         self._shared = {node: value for node, value in self._shared.items() if node in used}
 
     def _channels_last(self) -> None:
@@ -203,10 +209,39 @@ class Program:
         for change in self._change.values():
             torch.neg(change[partner], out=change[lane])
 
+    def losses(
+        self,
+        lanes: Int,
+        coefficient: Tensor,
+        moved: Mapping[int, Tensor],
+        span: slice | None,
+        limit: Float | None,
+    ) -> tuple[Float, Bool | None]:
+        """The loss of this batch on some rays, float64 ``[k]``, and where it is a lower bound.
+
+        Args:
+            lanes, coefficient, moved, span: as for :meth:`loss`.
+            limit: what each loss need not exceed, ``[k]``; beyond it a lower bound will do.
+        """
+        if self._summed is None:
+            total = self.loss(lanes, coefficient, moved, span)
+            return total.to("cpu", torch.float64).numpy(), None
+        values = self._values(lanes, coefficient, moved, span)
+        target = self._shared[self._summed.target]
+        sums, outside = self._ray_losses(
+            values[self._summed.outputs],
+            target,
+            kind=self._summed.kind,
+            limit=None if limit is None else limit * self._count,
+            ignore_index=self._summed.ignore_index,
+            threads=torch.get_num_threads(),
+        )
+        return sums / self._count, outside
+
     def loss(
         self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
     ) -> Tensor:
-        """The loss of this batch on some rays ``[k]``.
+        """The loss of this batch on some rays ``[k]``, by the graph's own last operation.
 
         Args:
             lanes: int64 ``[k]``.
@@ -214,6 +249,13 @@ class Program:
             moved: W + c·Z of the parameters :attr:`moved`, ``[k, *shape]`` by position.
             span: the lanes as a slice, where they are one.
         """
+        values = self._values(lanes, coefficient, moved, span)
+        result: Tensor = values[self._result].reshape(len(lanes))
+        return result
+
+    def _values(
+        self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
+    ) -> Values:
         values = {**self._shared}
         for i in self.moved:
             values[self._parameters[i]] = moved[i]
@@ -230,8 +272,7 @@ class Program:
                 total = torch.addcmul(base, change[span], c)
             values[node] = total
         self._steps.run(values)
-        result: Tensor = values[self._result].reshape(len(lanes))
-        return result
+        return values
 
 
 def _rows_like(value: Tensor, count: int) -> Tensor:

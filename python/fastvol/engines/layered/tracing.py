@@ -7,6 +7,7 @@ Control flow that depends on values cannot be written down, and is refused.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def trace(objective: Objective, layout: ParameterLayout, batch: Batch) -> Traced
         if not isinstance(tensor, Tensor) or tensor.is_meta or _is_fake(tensor):
             raise UntraceableError("it computes something from parameters beside the graph")
     _without_writes(module.graph)
+    _without_broadcasts(module.graph)
     _check(module.graph)
     return Traced(module.graph, constants, len(names))
 
@@ -172,6 +174,25 @@ def _without_writes(graph: fx.Graph) -> None:
         if not name.endswith("_") or plain is None or shares:
             raise UntraceableError(f"{name} writes to a tensor that others see")
         node.target = plain
+
+
+def _without_broadcasts(graph: fx.Graph) -> None:
+    """Takes out ``broadcast_tensors`` of equal shapes, of which losses make much use.
+
+    It would hide that a target does not depend on the parameters.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.broadcast_tensors.default:
+            continue
+        inputs = node.args[0]
+        if any(part.meta["val"].shape != inputs[0].meta["val"].shape for part in inputs):
+            continue
+        for entry in list(node.users):
+            if entry.target is operator.getitem:
+                entry.replace_all_uses_with(inputs[entry.args[1]])
+                graph.erase_node(entry)
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _check(graph: fx.Graph) -> None:
