@@ -89,38 +89,23 @@ def choose_plan(
     Raises:
         ValueError: ``engine="layered"`` for a model that cannot be traced; it says why.
     """
-    plan, trouble = _choose(engine, objective, layout, scale, backend, lanes, block, radius, rays)
+    trial = _Trial(objective, layout, scale, backend, radius)
+    plan, trouble = _choose(engine, trial, lanes, block, rays)
     warn_of_single_rays(plan, trouble)
     return plan, trouble
 
 
 def _choose(
-    engine: str,
-    objective: Objective,
-    layout: ParameterLayout,
-    scale: Tensor,
-    backend: Backend,
-    lanes: int | None,
-    block: int,
-    radius: float,
-    rays: int,
+    engine: str, trial: _Trial, lanes: int | None, block: int, rays: int
 ) -> tuple[Plan, str | None]:
     most_threads = torch.get_num_threads()
     general, trouble = measure_plan(
-        objective,
-        layout,
-        scale,
-        backend,
-        lanes=lanes,
-        block=block,
-        radius=radius,
-        rays=rays,
+        *trial.setting, lanes=lanes, block=block, radius=trial.radius, rays=rays
     )
     if engine == "general":
         return general, trouble
-    trial = _Trial(objective, layout, scale, backend, radius)
     torch.set_num_threads(general.threads)
-    seconds = trial.seconds(GeneralEngine(objective, layout, scale, general, backend))
+    seconds = trial.seconds(trial.general(general))
     if engine == "auto" and rays * seconds < _SHORT_RUN:
         return general, trouble
     try:
@@ -159,11 +144,8 @@ def _layered_plan(
         general, engine="layered", chunk=1, lanes=few, keep_rows=True, rows=0, cached=True
     )
     engine = trial.open(best)
-    kept = engine.bytes_kept
-    if kept * few > ROWS_BYTES:
-        best = replace(best, cached=False)
-        engine = trial.open(best)
-    fastest = trial.seconds(engine)
+    kept, fastest = engine.bytes_kept, trial.seconds(engine)
+    # Its memory, before the next one is opened.
     del engine
 
     def attempt(plan: Plan) -> float:
@@ -215,13 +197,19 @@ class _Trial:
         backend: Backend,
         radius: float,
     ) -> None:
-        self.objective, self.layout, self.scale, self.backend = objective, layout, scale, backend
+        self.setting = objective, layout, scale, backend
+        self.objective, self.layout = objective, layout
         self.bytes_a_number = torch.finfo(layout.dtype).bits // 8
         self.examples = objective.largest_batch
-        self._radius = radius
+        self.radius = radius
         # A loss that hardly moves would hide an operation that was left out.
         self._radii = np.array([radius, 3.0 * radius, 10.0 * radius])
         self._reference: Float | None = None
+
+    def general(self, plan: Plan) -> GeneralEngine:
+        """The general engine of a plan."""
+        objective, layout, scale, backend = self.setting
+        return GeneralEngine(objective, layout, scale, plan, backend)
 
     def open(self, plan: Plan) -> LayeredEngine:
         """The layered engine of a plan.
@@ -230,7 +218,8 @@ class _Trial:
             UntraceableError: it cannot be opened, fails, or gives other losses.
         """
         try:
-            engine = LayeredEngine(self.objective, self.layout, self.scale, plan, self.backend)
+            objective, layout, scale, backend = self.setting
+            engine = LayeredEngine(objective, layout, scale, plan, backend)
             values = self._probe(engine)
         except UntraceableError:
             raise
@@ -239,8 +228,7 @@ class _Trial:
             raise UntraceableError(f"{type(error).__name__}: {text[0] if text else ''}") from error
         if self._reference is None:
             single = replace(plan, engine="general", chunk=1)
-            general = GeneralEngine(self.objective, self.layout, self.scale, single, self.backend)
-            self._reference = self._probe(general)
+            self._reference = self._probe(self.general(single))
         tolerance = max(_TOLERANCE[self.layout.dtype], 64 * self.objective.epsilon)
         for value, wanted in zip(values, self._reference, strict=True):
             if not losses_agree(value, wanted, tolerance):
@@ -258,7 +246,7 @@ class _Trial:
     def seconds(self, engine: GeneralEngine) -> float:
         """Of a direction: loading it, and the losses that a search takes."""
         ids = np.arange(engine.lanes)
-        radii = np.full(engine.lanes, self._radius)
+        radii = np.full(engine.lanes, self.radius)
         load = loss = float("inf")
         began = time.perf_counter()
         for _ in range(5):

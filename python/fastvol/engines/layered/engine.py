@@ -20,6 +20,9 @@ from .program import Program
 from .rowspace import RowSpace, row_space
 from .tracing import Traced, UntraceableError, signature, trace
 
+# What is kept of the directions on all lanes for all radii, at the most.
+_KEPT_BYTES = 1 << 30
+
 
 class LayeredEngine(GeneralEngine):
     """Losses by a traced graph, its first linear layers made once a direction.
@@ -55,7 +58,8 @@ class LayeredEngine(GeneralEngine):
             self._full = torch.zeros((plan.lanes, layout.size)).to(self._theta0)
         self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
         self._traced = _traced_parts(objective, layout, plan.rows)
-        self._programs = self._compiled(lanes=plan.lanes, cached=plan.cached)
+        room = _KEPT_BYTES / len(self._traced)
+        self._programs = self._compiled(lanes=plan.lanes, cached=plan.cached, room=room)
         self._pairs = _Pairs()
         # Lanes whose direction the programs have not seen: gradients do not need them to.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)

@@ -7,7 +7,7 @@ change once a direction: for most small nets that is the most expensive layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Program:
         start: the parameters at θ*, by position.
         lanes: the most rays that are loaded at once.
         cached: whether what is linear in the parameters is kept for all radii of a direction.
+        room: bytes that may be kept; where that needs more, nothing is.
         differentiable: whether autograd may look at the values.
 
     Attributes:
@@ -68,6 +69,7 @@ class Program:
         *,
         lanes: int,
         cached: bool,
+        room: float = math.inf,
         differentiable: bool = False,
     ) -> None:
         self._graph = traced.graph
@@ -87,7 +89,11 @@ class Program:
             raise UntraceableError("the loss does not depend on the parameters")
         if shape_of(self._result).numel() != 1:
             raise UntraceableError("the loss is not a scalar")
-        self._linear = _linear_nodes(nodes, self._parameters, self._shared) if cached else set()
+        self._linear: set[fx.Node] = set()
+        if cached:
+            self._linear = _linear_nodes(nodes, self._parameters, self._shared)
+            if _bytes(self._frontier(nodes)) * max(lanes, 1) > room:
+                self._linear = set()
         self._compile(nodes, start)
         self._channels_last()
 
@@ -106,6 +112,17 @@ class Program:
                     shared[node] = evaluate(node, shared)
         return shared
 
+    def _frontier(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """What is linear in the parameters, not a parameter, and wanted by what is not linear."""
+        wanted = {
+            part
+            for node in nodes
+            if _is_call(node) and node not in self._linear
+            for part in node.all_input_nodes
+        } | {self._result}
+        beyond = self._linear - set(self._parameters)
+        return [node for node in nodes if node in beyond and node in wanted]
+
     def _compile(self, nodes: Sequence[fx.Node], start: Sequence[Tensor]) -> None:
         rays = {
             node
@@ -118,9 +135,8 @@ class Program:
         if self._result in self._linear:
             wanted.add(self._result)
         # Made by the engine, once for all batches.
-        parameters = set(self._parameters)
         self.moved = [i for i, node in enumerate(self._parameters) if node in wanted]
-        self._kept = [n for n in nodes if n in self._linear and n in wanted and n not in parameters]
+        self._kept = self._frontier(nodes)
         # Autograd needs the values that a step in place would overwrite.
         reusable = None if self._differentiable else set(self._kept)
         last = self._result
@@ -273,6 +289,10 @@ class Program:
             values[node] = total
         self._steps.run(values)
         return values
+
+
+def _bytes(nodes: Sequence[fx.Node]) -> int:
+    return sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in nodes)
 
 
 def _rows_like(value: Tensor, count: int) -> Tensor:
