@@ -8,6 +8,7 @@ change once a direction: for most small nets that is the most expensive layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
