@@ -38,6 +38,8 @@ _LONGEST_FORCE = 30.0
 # A component of a smoothed force is at most this many times the mean one.
 _SMOOTHED = 3.0
 _STEP = 1e-4
+# Nats over which a force rounds the corner that a cap makes.
+_ROUNDED = 2.0
 # An extrapolation along a ray goes no further, in log radius.
 _STRIDE = 0.7
 
@@ -417,12 +419,13 @@ class RayField:
         return np.minimum(x, caps) if steps else x
 
     def _slope_in_radius(self, x: Float, shift: Float, level: Level) -> Float:
-        """∂log W/∂x; a cap is rounded over the width that a level of it has."""
+        """∂log W/∂x; a cap is rounded, over as many nats of the target as a leapfrog step moves."""
         if isinstance(self.problem.measure, Lebesgue):
             cap = level.log_scale
             if math.isinf(cap):
                 return np.full(len(x), float(self.dim))
-            return self.dim / (1.0 + np.exp(np.clip(self.dim * (x - cap), -60.0, 60.0)))
+            beyond = level.beta * self.dim * (x - cap) / _ROUNDED
+            return self.dim / (1.0 + np.exp(np.clip(beyond, -60.0, 60.0)))
         x = np.minimum(x, self.pilot.metric_log_cap)
         low, high = (
             self.log_weight(x + step, shift, 0.0 * x, level.log_scale)
