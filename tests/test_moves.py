@@ -310,7 +310,7 @@ def test_leapfrogs_are_reversible(monkeypatch, measure, smoothed, refinements):
 FORCES = {
     "lebesgue": (Lebesgue(), None, None, None, math.inf),
     "lebesgue, P": (Lebesgue(), None, matrix(6), None, math.inf),
-    "capped, far": (Lebesgue(50.0), None, matrix(6), None, math.log(50.0)),
+    "capped, far": (Lebesgue(1e4), None, matrix(6), None, math.log(1e4)),
     "gaussian": (Gaussian(0.4), None, None, None, 0.0),
     "wide gaussian, P": (Gaussian(0.4), None, matrix(6), None, 0.7),
     "origin": (Gaussian(0.4, "origin"), vector(6, 0.8), None, None, 0.0),
