@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import platform
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import _backend, engines, methods
+from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
 from ._layout import ParameterLayout, ParameterSelector, digest
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
+from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from ._version import __version__
 from .engines import Plan, choose_plan
@@ -180,27 +178,27 @@ def estimate(  # type: ignore[misc]
         1.1447
     """
     began = time.perf_counter()
-    run_method = methods.get(_string(method, "method"))
+    run_method = methods.get(string(method, "method"))
     if _check_noise(noise, method, engine) == "rowspace":
         run_method, engine = methods.get("radial"), "layered"
     _check_preconditioner(preconditioner)
     _refuse_later(checkpoint, on_interrupt)
-    engines.check_name(_string(engine, "engine"))
-    chosen_backend = _backend.select(_string(backend, "backend"))
-    count = _whole(n, "n", least=1, below=2**63)
+    engines.check_name(string(engine, "engine"))
+    chosen_backend = _backend.select(string(backend, "backend"))
+    count = whole(n, "n", least=1, below=2**63)
     try:
         Rays.empty(count)
     except (MemoryError, ValueError, OverflowError):
         raise ValueError(
             f"n is {count}: the radii of so many directions do not fit in memory"
         ) from None
-    seed = _whole(seed, "seed", least=0, below=2**64)
-    repeats = _whole(replicates, "replicates", least=1, below=1000)
-    tolerance = None if _is_auto(rtol) else _positive(rtol, "rtol", most=0.5)
-    lane_count = None if _is_auto(lanes) else _whole(lanes, "lanes", least=1)
-    paired = False if _is_auto(antithetic) else _boolean(antithetic, "antithetic")
-    first_crossing = _boolean(first_crossing, "first_crossing")
-    progress = _boolean(progress, "progress")
+    seed = whole(seed, "seed", least=0, below=2**64)
+    repeats = whole(replicates, "replicates", least=1, below=1000)
+    tolerance = None if is_auto(rtol) else positive(rtol, "rtol", most=0.5)
+    lane_count = None if is_auto(lanes) else whole(lanes, "lanes", least=1)
+    paired = False if is_auto(antithetic) else boolean(antithetic, "antithetic")
+    first_crossing = boolean(first_crossing, "first_crossing")
+    progress = boolean(progress, "progress")
     calls = _callables(callbacks)
     if not isinstance(measure, (Lebesgue, Gaussian)):
         raise TypeError(
@@ -217,10 +215,10 @@ def estimate(  # type: ignore[misc]
     theta = layout.flatten()
     scale, metric_name = metric_scale(metric, layout, theta, used=isinstance(measure, Lebesgue))
     ray_scale = layout.expand(measure.std, "std") if isinstance(measure, Gaussian) else scale
-    given_plan = None if plan is None else _read_plan(plan, chosen_backend, layout, lane_count)
+    given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
     start = typical_radius(theta, ray_scale)
 
-    with preserved(inner), _Threads(given_plan), _quiet_vmap():
+    with preserved(inner), Threads(given_plan), quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
@@ -282,23 +280,6 @@ def estimate(  # type: ignore[misc]
     return results[0] if single else results
 
 
-def _read_plan(
-    plan: Any, backend: _backend.Backend, layout: ParameterLayout, lanes: int | None
-) -> Plan:
-    if not isinstance(plan, Mapping):
-        raise TypeError(f"plan must be the plan of a result, got {type(plan).__name__}")
-    read = Plan.from_description(plan)
-    if lanes is not None and lanes != read.lanes:
-        raise ValueError(f"plan has {read.lanes} lanes, and lanes={lanes} was asked for")
-    own = {"backend": backend.name, "dtype": str(layout.dtype).removeprefix("torch.")}
-    for name, value in own.items():
-        if getattr(read, name) != value:
-            raise ValueError(
-                f"plan was made with {name} {getattr(read, name)!r}, this run has {value!r}"
-            )
-    return read
-
-
 def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dict[str, Any]:
     return {
         "fastvol": __version__,
@@ -314,30 +295,6 @@ def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dic
     }
 
 
-class _Threads:
-    """PyTorch's thread count as a given plan asks, and as it was afterwards."""
-
-    def __init__(self, plan: Plan | None) -> None:
-        self._wanted = None if plan is None else plan.threads
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        if self._wanted is not None and self._wanted != self._before:
-            torch.set_num_threads(self._wanted)
-
-    def __exit__(self, *exception: object) -> None:
-        if torch.get_num_threads() != self._before:
-            torch.set_num_threads(self._before)
-
-
-@contextmanager
-def _quiet_vmap() -> Iterator[None]:
-    """Without PyTorch's advice on operators that vmap runs one ray at a time: that is measured."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
-
 def _thresholds(
     threshold: Any, increase: Any, loss0: float, epsilon: float
 ) -> tuple[tuple[float, ...], bool]:
@@ -349,7 +306,7 @@ def _thresholds(
     if threshold is not None and increase is not _DEFAULT_INCREASE:
         raise ValueError("threshold and increase exclude each other; give one of them")
     given, name = (threshold, "threshold") if threshold is not None else (increase, "increase")
-    values, single = _numbers(given, name)
+    values, single = numbers_of(given, name)
     if name == "increase":
         if any(value <= 0 for value in values):
             raise ValueError(f"increase must be positive, got {given}")
@@ -370,34 +327,6 @@ def _thresholds(
     return tuple(values), single
 
 
-def _numbers(value: Any, name: str) -> tuple[list[float], bool]:
-    single = isinstance(value, numbers.Real) or (
-        isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0
-    )
-    entries: list[Any] = [value] if single else []
-    if not single:
-        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            raise TypeError(f"{name} must be a number or a sequence, got {type(value).__name__}")
-        entries = list(value)
-        if not entries:
-            raise ValueError(f"{name} is an empty sequence")
-    result = []
-    for entry in entries:
-        # NumPy would drop an imaginary part with no more than a warning.
-        if isinstance(entry, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
-            raise TypeError(f"{name} must be numbers, got {entry!r}")
-        try:
-            number = float(entry)
-        except OverflowError as error:
-            raise ValueError(f"{name} must be finite, got a whole number too large") from error
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be numbers, got {type(entry).__name__}") from error
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be finite, got {number}")
-        result.append(number)
-    return result, single
-
-
 def _check_preconditioner(preconditioner: Any) -> None:
     if isinstance(preconditioner, str) and preconditioner not in ("auto", *PRECONDITIONERS):
         raise ValueError(
@@ -407,7 +336,7 @@ def _check_preconditioner(preconditioner: Any) -> None:
 
 
 def _check_noise(noise: Any, method: str, engine: Any) -> str:
-    if _string(noise, "noise") not in ("full", "rowspace"):
+    if string(noise, "noise") not in ("full", "rowspace"):
         raise ValueError(f"noise must be 'full' or 'rowspace', got {noise!r}")
     if noise == "rowspace" and method not in ("auto", "radial"):
         raise ValueError(f"noise='rowspace' is for method='radial', not for method={method!r}")
@@ -421,51 +350,10 @@ def _refuse_later(checkpoint: Any, on_interrupt: Any) -> None:
         raise NotAvailableError(
             "checkpoint= is not part of this version; save the result with result.save(path)"
         )
-    if _string(on_interrupt, "on_interrupt") == "return":
+    if string(on_interrupt, "on_interrupt") == "return":
         raise NotAvailableError("on_interrupt='return' is not part of this version")
     if on_interrupt != "raise":
         raise ValueError(f"on_interrupt must be 'raise' or 'return', got {on_interrupt!r}")
-
-
-def _is_auto(value: Any) -> bool:
-    return isinstance(value, str) and value == "auto"
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
-    return value
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _whole(value: Any, name: str, *, least: int, below: int | None = None) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    exact: Any = value  # typeshed's Real knows neither floor nor comparison
-    try:
-        whole: int = math.floor(exact)
-    except (OverflowError, ValueError):  # infinite, NaN
-        raise ValueError(f"{name} must be a whole number, got {value}") from None
-    if exact != whole:
-        raise ValueError(f"{name} must be a whole number, got {value}")
-    if whole < least or (below is not None and whole >= below):
-        bound = f"at least {least}" + ("" if below is None else f" and below {below}")
-        raise ValueError(f"{name} must be {bound}, got {whole}")
-    return whole
-
-
-def _positive(value: Any, name: str, *, most: float) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be 'auto' or a number, got {value!r}")
-    number: Any = value
-    if not 1e-15 <= number <= most:
-        raise ValueError(f"{name} must lie between 1e-15 and {most}, got {number}")
-    return float(number)
 
 
 def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ._backend import formulas
 from ._profile import Profile
 from ._statistics import Summary, radius_errors
-from .errors import FastvolError
+from ._table import pandas
 from .measures import Gaussian, Lebesgue
 from .result import (
     FORMAT_VERSION,
@@ -338,12 +338,7 @@ class PathEstimate(VolumeEstimate):
         Raises:
             FastvolError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise FastvolError(
-                "to_dataframe() needs pandas: pip install 'fastvol[table]'"
-            ) from error
+        pd = pandas()
         scale = final_log_scale(self.measure)
         return pd.concat(
             [

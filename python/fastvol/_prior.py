@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend
-from ._estimate import _boolean, _is_auto, _numbers, _quiet_vmap, _read_plan, _Threads, _whole
+from ._arguments import boolean, is_auto, numbers_of, whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
 from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, thinned
 from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
+from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from .engines import measure_plan, warn_of_single_rays
 from .measures import Gaussian
@@ -108,12 +109,12 @@ def prior_mass(
         True
     """
     began = time.perf_counter()
-    count = _whole(n, "n", least=_LEAST_N, below=2**40)
-    seed = _whole(seed, "seed", least=0, below=2**64)
-    repeats = _whole(replicates, "replicates", least=1, below=1000)
-    chain_count = None if _is_auto(chains) else _whole(chains, "chains", least=8, below=2**16)
-    progress = _boolean(progress, "progress")
-    thresholds, _ = _numbers(threshold, "threshold")
+    count = whole(n, "n", least=_LEAST_N, below=2**40)
+    seed = whole(seed, "seed", least=0, below=2**64)
+    repeats = whole(replicates, "replicates", least=1, below=1000)
+    chain_count = None if is_auto(chains) else whole(chains, "chains", least=8, below=2**16)
+    progress = boolean(progress, "progress")
+    thresholds, _ = numbers_of(threshold, "threshold")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     law = Gaussian(std)
@@ -125,9 +126,9 @@ def prior_mass(
     backend = _backend.select("auto")
     lanes = max(1, min(_MOST_LANES, _LANES_BYTES // (layout.size * theta.element_size())))
 
-    given = None if plan is None else _read_plan(plan, backend, layout, None)
+    given = None if plan is None else read_plan(plan, backend, layout, None)
 
-    with preserved(inner), _Threads(given), _quiet_vmap():
+    with preserved(inner), Threads(given), quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device)
         objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         if given is None:
@@ -256,7 +257,7 @@ def _expand_mean(layout: ParameterLayout, mean: Any) -> Tensor:
             )
         flat = mean.detach().to("cpu", torch.float64).reshape(-1).expand(layout.size).clone()
     else:
-        (value,), single = _numbers(mean, "mean") if np.isscalar(mean) else ((0.0,), False)
+        (value,), single = numbers_of(mean, "mean") if np.isscalar(mean) else ((0.0,), False)
         if not single:
             raise TypeError(
                 "mean must be a number, a mapping from parameter name to values, or a tensor, got "

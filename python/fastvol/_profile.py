@@ -30,6 +30,7 @@ from ._statistics import (
     summary_from_moments,
     with_extra_error,
 )
+from ._table import pandas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,14 +90,7 @@ class Profile:
         Raises:
             FastvolError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            from .errors import FastvolError
-
-            raise FastvolError(
-                "to_dataframe() needs pandas: pip install 'fastvol[table]'"
-            ) from error
+        pd = pandas()
         names = (
             "radius", "log_fraction", "stderr", "ci_low", "ci_high", "ess", "slope", "reliable",
         )  # fmt: skip

@@ -31,6 +31,7 @@ from ._statistics import (
     summarise,
     with_extra_error,
 )
+from ._table import pandas
 from .errors import FastvolError
 from .measures import STD_PREFIX, Gaussian, Lebesgue, measure_from
 
@@ -402,12 +403,7 @@ class VolumeEstimate:
         Raises:
             FastvolError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise FastvolError(
-                "to_dataframe() needs pandas: pip install 'fastvol[table]'"
-            ) from error
+        pd = pandas()
         weights, constant = self._rays.log_weights(self.measure, self.dim)
         constant += self._log_constant
         return pd.DataFrame(
