@@ -33,9 +33,8 @@ _TARGET_ACCEPTANCE = 0.7
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
 FORCES = ("plain", "refined", "smoothed")
-_OTHERS = FORCES[1:]
 # How much longer the steps of a force must be than the plain one's to be worth its price.
-_WORTH = {"plain": 1.0, "refined": 1.3, "smoothed": 1.0}
+_WORTH = {"refined": 1.3, "smoothed": 1.0}
 # Relative difference of the two forces from which on the refined one is tried at all.
 _MISLED = 0.02
 # Steps of the search for the ends of the rays that the refined force makes.
@@ -69,10 +68,10 @@ class Move(Protocol):
 class Hamiltonian:
     """Geodesic Hamiltonian Monte Carlo.
 
-    Three forces are at hand. The plain one; a smoothed one, whose single large components are cut,
-    which takes longer steps where the loss has kinks; a refined one, taken nearer to the ends of
-    the rays at the price of two losses, where one radius for all misleads. While the plain one
-    needs short steps the others are tried, and the one with the longest steps is kept.
+    Three forces are at hand. The plain one; a refined one, taken nearer to the ends of the rays at
+    the price of two losses, for where one radius for all misleads; a smoothed one, whose single
+    large components are cut, for losses with kinks. While the plain one needs short steps the one
+    of the others that may help is tried, and that with the longer steps is kept.
 
     Args:
         generator: of the velocities, on the rays' device.
@@ -121,7 +120,7 @@ class Hamiltonian:
                 break
             # A step far too long, as the first one may be, would waste a whole level.
             change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE)) if rate > _HOPELESS else 0.4
-            self._sizes[self.force] = min(max(self._sizes[self.force] * change, 1e-5), 1.5)
+            self._resize(change)
             if rate > _HOPELESS:
                 break
             self._change_force(field, state, level, retry, first)
@@ -169,26 +168,38 @@ class Hamiltonian:
         )
 
     def _choose_force(self, field: RayField, state: Population, level: Level) -> None:
-        """Tries the others while the plain force needs short steps; then keeps the best."""
+        """Tries another one while the plain force needs short steps; then keeps the better."""
         plain = self._sizes["plain"]
         self.force = "plain"
-        others = [other for other in _OTHERS if plain <= _COMFORTABLE[other]]
-        if "refined" in others and not self._is_misled(field, state, level):
-            others.remove("refined")
-        for other in others:
-            if self._tried[other] == 0:
-                self._sizes[other] = plain
+        if plain > max(_COMFORTABLE.values()):
+            return
+        other = "refined" if self._is_misled(field, state, level) else "smoothed"
+        if plain > _COMFORTABLE[other]:
+            return
+        if self._tried[other] == 0:
+            self._sizes[other] = plain
+        if self._on_trial(other):
             # It is given up as soon as it needs the shorter steps.
-            if self._tried[other] < _TRIALS and self._sizes[other] > 0.7 * plain:
-                self.force = other
-                return
-        self.force = max(["plain", *others], key=lambda name: self._sizes[name] / _WORTH[name])
+            better = self._sizes[other] > 0.7 * plain
+        else:
+            better = self._sizes[other] > _WORTH[other] * plain
+        if better:
+            self.force = other
+
+    def _on_trial(self, name: str) -> bool:
+        return name != "plain" and self._tried[name] < _TRIALS
+
+    def _resize(self, change: float) -> None:
+        """Another step size for the force in use; what shortens its steps shortens the others'."""
+        alone = change > 1.0 or self._on_trial(self.force)
+        for name in [self.force] if alone else list(self._sizes):
+            self._sizes[name] = min(max(self._sizes[name] * change, 1e-5), 1.5)
 
     def _change_force(
         self, field: RayField, state: Population, level: Level, retry: int, first: float
     ) -> None:
         """After a move in vain: drops a force on trial; tries the refined one for the plain one."""
-        if self.force != "plain" and self._tried[self.force] < _TRIALS:
+        if self._on_trial(self.force):
             self._tried[self.force] = _TRIALS
             self.force = "plain"
             return
