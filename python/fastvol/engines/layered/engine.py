@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +57,9 @@ class LayeredEngine(GeneralEngine):
             self._full = torch.zeros((plan.lanes, layout.size)).to(self._theta0)
         self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
         self._traced = _traced_parts(objective, layout, plan.rows)
-        room = _KEPT_BYTES / len(self._traced)
-        self._programs = self._compiled(lanes=plan.lanes, cached=plan.cached, room=room)
+        self._programs = [self._compiled(*part) for part in self._traced]
         self._pairs = _Pairs()
-        # Lanes whose direction the programs have not seen: gradients do not need them to.
+        # Lanes whose direction the programs have not seen.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
         self._weight = sum(program.weight for program in self._programs)
         self._moved = sorted({i for program in self._programs for i in program.moved})
@@ -268,46 +266,50 @@ class LayeredEngine(GeneralEngine):
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total = np.zeros(len(lanes))
         gradients = torch.zeros((len(lanes), self._layout.size)).to(self._theta0)
-        for first in range(0, len(lanes), self._plan.chunk):
-            part = slice(first, first + self._plan.chunk)
-            total[part] = self._chunk_with_grad(radii[part], lanes[part], gradients[part])
+        with torch.no_grad():
+            self._show(lanes[self._fresh[lanes]])
+            for first in range(0, len(lanes), self._plan.chunk):
+                part = slice(first, first + self._plan.chunk)
+                total[part] = self._chunk_with_grad(radii[part], lanes[part], gradients[part])
         if self._index is not None:
             gradients = gradients[:, self._index]
         return total / self._weight, self._scaled(gradients.div_(self._weight))
 
     def _chunk_with_grad(self, radii: Float, lanes: Int, gradients: Tensor) -> Float:
         """Adds the gradients of some rays to ``gradients`` ``[k, size]``; returns their losses."""
-        coefficient = self._coefficient(radii, lanes)
-        segments = self._layout.segments
-        with torch.no_grad():
-            picked = self._picked(lanes, span_of(lanes), slice(0, self._layout.size))
-            theta = torch.addcmul(self._theta0, picked, coefficient[:, None])
-        parameters = [
-            theta[:, s.start : s.stop].view(len(lanes), *s.shape).requires_grad_() for s in segments
-        ]
+        coefficient, span = self._coefficient(radii, lanes), span_of(lanes)
+        moved = self._parameters(coefficient, lanes, span)
         total = np.zeros(len(lanes))
         for program in self._differentiable:
-            with torch.enable_grad():
-                values = program.loss(lanes, coefficient, dict(enumerate(parameters)), None)
-                slopes = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
-            total += program.weight * values.detach().to("cpu", torch.float64).numpy()
-            for s, slope in zip(segments, slopes, strict=True):
-                if slope is not None:
-                    part = gradients[:, s.start : s.stop]
-                    part.add_(slope.reshape(len(lanes), -1), alpha=program.weight)
+            values, slopes = program.loss_and_grad(lanes, coefficient, moved, span)
+            total += program.weight * values.to("cpu", torch.float64).numpy()
+            for i, slope in slopes.items():
+                start, stop, _ = self._places[i]
+                part = gradients[:, start:stop]
+                part.add_(slope.reshape(len(lanes), -1), alpha=program.weight)
         return total
 
     @cached_property
     def _differentiable(self) -> list[Program]:
         """The programs in a form that remembers how its values were made."""
-        return self._compiled(lanes=0, cached=False, differentiable=True)
-
-    def _compiled(self, **options: Any) -> list[Program]:
-        ray_losses = self._backend.ray_losses
         return [
-            Program(traced, part, ray_losses, self._start, **options)
-            for traced, part in self._traced
+            self._compiled(*part, gradients_of=program)
+            for part, program in zip(self._traced, self._programs, strict=True)
         ]
+
+    def _compiled(
+        self, traced: Traced, batch: Batch, *, gradients_of: Program | None = None
+    ) -> Program:
+        return Program(
+            traced,
+            batch,
+            self._backend.ray_losses,
+            self._start,
+            lanes=self.lanes,
+            cached=self._plan.cached,
+            room=_KEPT_BYTES / len(self._traced),
+            gradients_of=gradients_of,
+        )
 
 
 def _traced_parts(

@@ -54,7 +54,7 @@ class Program:
         lanes: the most rays that are loaded at once.
         cached: whether what is linear in the parameters is kept for all radii of a direction.
         room: bytes that may be kept; where that needs more, nothing is.
-        differentiable: whether autograd may look at the values.
+        gradients_of: the program whose gradients this one is for: it keeps what that one keeps.
 
     Attributes:
         moved: positions of the parameters that :meth:`loss` has to be given.
@@ -71,11 +71,11 @@ class Program:
         lanes: int,
         cached: bool,
         room: float = math.inf,
-        differentiable: bool = False,
+        gradients_of: Program | None = None,
     ) -> None:
         self._graph = traced.graph
         self._lanes = lanes
-        self._differentiable = differentiable
+        self._gradients_of = gradients_of
         self._ray_losses = ray_losses
         self.weight = batch.weight
         nodes = list(traced.graph.nodes)
@@ -131,7 +131,8 @@ class Program:
             if node not in self._shared and node.op in ("placeholder", "call_function")
         }
         nonlinear = [n for n in nodes if n in rays and n not in self._linear and _is_call(n)]
-        self._summed = None if self._differentiable else summed_loss(self._result, rays)
+        differentiable = self._gradients_of is not None
+        self._summed = None if differentiable else summed_loss(self._result, rays)
         wanted = {part for node in nonlinear for part in node.all_input_nodes}
         if self._result in self._linear:
             wanted.add(self._result)
@@ -139,7 +140,7 @@ class Program:
         self.moved = [i for i, node in enumerate(self._parameters) if node in wanted]
         self._kept = self._frontier(nodes)
         # Autograd needs the values that a step in place would overwrite.
-        reusable = None if self._differentiable else set(self._kept)
+        reusable = None if differentiable else set(self._kept)
         last = self._result
         if self._summed is not None:
             # The core's own sum takes the place of the last step.
@@ -149,15 +150,20 @@ class Program:
         needed = _ancestors(self._kept)
         linear = [n for n in nodes if n in self._linear and n in needed and _is_call(n)]
         self._changes = _instructions(linear, rays, self._shared, None, keep=set(self._kept))
-        base: Values = {**self._shared}
-        for node, tensor in zip(self._parameters, start, strict=True):
-            base[node] = tensor[None]
-        with torch.no_grad():
-            self._changes.run(base)
         # What stands for the data while changes are made.
         self._reduced: Values = {}
-        self._base = {node: base[node][0] for node in self._kept}
-        self._change = {node: _rows_like(value, self._lanes) for node, value in self._base.items()}
+        if self._gradients_of is None:
+            base: Values = {**self._shared}
+            for node, tensor in zip(self._parameters, start, strict=True):
+                base[node] = tensor[None]
+            with torch.no_grad():
+                self._changes.run(base)
+            self._base = {node: base[node][0] for node in self._kept}
+            self._change = {
+                node: _rows_like(value, self._lanes) for node, value in self._base.items()
+            }
+        else:
+            self._base, self._change = self._gradients_of._base, self._gradients_of._change
         self._used = [i for i, node in enumerate(self._parameters) if node in needed]
         reached = set(nonlinear) | set(linear)
         used = {part for node in reached for part in node.all_input_nodes}
@@ -270,12 +276,94 @@ class Program:
         result: Tensor = values[self._result].reshape(len(lanes))
         return result
 
+    def loss_and_grad(
+        self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Losses ``[k]``, and their gradients ``[k, *shape]`` by the parameters' positions.
+
+        What is kept is not made again: gradients go through it by the transpose of what is linear.
+
+        Args:
+            lanes, coefficient, moved, span: as for :meth:`loss`.
+        """
+        values = {**self._shared}
+        for i in self.moved:
+            values[self._parameters[i]] = moved[i].detach().requires_grad_()
+        for node, value in self._totals(lanes, coefficient, span).items():
+            values[node] = value.requires_grad_()
+        leaves = [*(self._parameters[i] for i in self.moved), *self._kept]
+        tensors = [values[leaf] for leaf in leaves]
+        with torch.enable_grad():
+            self._steps.run(values)
+            result: Tensor = values[self._result].reshape(len(lanes))
+            slopes = torch.autograd.grad(result.sum(), tensors, allow_unused=True)
+        found = {
+            leaf: slope for leaf, slope in zip(leaves, slopes, strict=True) if slope is not None
+        }
+        gradients = {
+            i: found[self._parameters[i]] for i in self.moved if self._parameters[i] in found
+        }
+        kept = {node: found[node] for node in self._kept if node in found}
+        for i, slope in self._transposed(kept).items():
+            gradients[i] = gradients[i] + slope if i in gradients else slope
+        return result.detach(), gradients
+
+    def _transposed(self, slopes: Mapping[fx.Node, Tensor]) -> dict[int, Tensor]:
+        """The gradients of the parameters from those of what is linear in them."""
+        gradients: dict[int, Tensor] = {}
+
+        def add(parameter: fx.Node, slope: Tensor) -> None:
+            i = self._parameters.index(parameter)
+            gradients[i] = gradients[i] + slope if i in gradients else slope
+
+        parameters = set(self._parameters)
+        others: dict[fx.Node, Tensor] = {}
+        for node, slope in slopes.items():
+            given = arguments(node) if operation_name(node) == "linear" else {}
+            weight, bias = given.get("weight"), given.get("bias")
+            if not isinstance(weight, fx.Node) or not {weight, bias or weight} <= parameters:
+                others[node] = slope
+                continue
+            # One product of matrices, where autograd would first make the layer anew.
+            rows = slope.reshape(len(slope), -1, slope.shape[-1])
+            data = self._shared[given["input"]]
+            data = data.reshape(1, -1, data.shape[-1]).expand(len(slope), -1, -1)
+            add(weight, torch.bmm(rows.mT, data))
+            if bias is not None:
+                add(bias, rows.sum(1))
+        if others:
+            count = len(next(iter(others.values())))
+            values = {**self._shared}
+            for i in self._used:
+                shape = shape_of(self._parameters[i])
+                zeros = next(iter(others.values())).new_zeros(count, *shape)
+                values[self._parameters[i]] = zeros.requires_grad_()
+            with torch.enable_grad():
+                self._changes.run(values)
+                found = torch.autograd.grad(
+                    [values[node] for node in others],
+                    [values[self._parameters[i]] for i in self._used],
+                    list(others.values()),
+                    allow_unused=True,
+                )
+            for i, part in zip(self._used, found, strict=True):
+                if part is not None:
+                    add(self._parameters[i], part)
+        return gradients
+
     def _values(
         self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
     ) -> Values:
         values = {**self._shared}
         for i in self.moved:
             values[self._parameters[i]] = moved[i]
+        values.update(self._totals(lanes, coefficient, span))
+        self._steps.run(values)
+        return values
+
+    def _totals(self, lanes: Int, coefficient: Tensor, span: slice | None) -> Values:
+        """base + c·change of what is kept."""
+        totals: Values = {}
         for node in self._kept:
             base, change = self._base[node], self._change[node]
             if span is None:
@@ -287,9 +375,8 @@ class Program:
             else:
                 c = coefficient.view(-1, *(1,) * base.dim())
                 total = torch.addcmul(base, change[span], c)
-            values[node] = total
-        self._steps.run(values)
-        return values
+            totals[node] = total
+        return totals
 
 
 def _bytes(nodes: Sequence[fx.Node]) -> int:
