@@ -33,13 +33,11 @@ _TARGET_ACCEPTANCE = 0.7
 _HOPELESS = 0.15
 _MOST_RETRIES = 8
 FORCES = ("plain", "refined", "smoothed")
-# How much longer the steps of a force must be than the plain one's to be worth its price.
-_WORTH = {"refined": 1.3, "smoothed": 1.0}
-# Relative difference of the two forces from which on the refined one is tried at all.
-_MISLED = 0.02
+# Relative difference of plain and refined forces from which on the refined one is taken.
+_MISLED = 0.05
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
-# Below these steps of the plain force another one is tried, so often before it is judged.
+# Below these steps of the plain force another one is thought of; the smoothed one is tried so often.
 _COMFORTABLE = {"refined": 0.15, "smoothed": 0.05}
 _TRIALS = 8
 _MOST_SHRINKS = 60
@@ -70,8 +68,9 @@ class Hamiltonian:
 
     Three forces are at hand. The plain one; a refined one, taken nearer to the ends of the rays at
     the price of two losses, for where one radius for all misleads; a smoothed one, whose single
-    large components are cut, for losses with kinks. While the plain one needs short steps the one
-    of the others that may help is tried, and that with the longer steps is kept.
+    large components are cut, for losses with kinks. While the plain one needs short steps the
+    refined one is taken if it is another force there, else the smoothed one is tried, and kept if
+    its steps are longer.
 
     Args:
         generator: of the velocities, on the rays' device.
@@ -92,9 +91,10 @@ class Hamiltonian:
 
     _log_multiple: float = 0.0
     _misled: bool | None = None
-    # Of the forces that have been tried.
+    # Of the forces that have been used.
     _sizes: dict[str, float] = field(default_factory=dict)
-    _tried: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORCES, 0))
+    # Moves by the smoothed one.
+    _tried: int = 0
     _accepted: float = 0.0
     _moves: int = 0
     _capped: int = 0
@@ -126,7 +126,7 @@ class Hamiltonian:
             self._change_force(field, state, level, retry, first)
         self._accepted += rate
         self._moves += 1
-        self._tried[self.force] += 1
+        self._tried += self.force == "smoothed"
         accepted = np.log(self.rng.uniform(size=len(state))) < log_ratio
         result = state.take(np.arange(len(state)))
         taken = np.flatnonzero(accepted)
@@ -168,26 +168,25 @@ class Hamiltonian:
         )
 
     def _choose_force(self, field: RayField, state: Population, level: Level) -> None:
-        """Tries another one while the plain force needs short steps; then keeps the better."""
-        plain = self._sizes["plain"]
-        self.force = "plain"
+        """Another one while the plain force needs short steps.
+
+        The refined one where the plain one is misled; else the smoothed one, if its trial is a
+        success.
+        """
+        plain, self.force = self._sizes["plain"], "plain"
         if plain > max(_COMFORTABLE.values()):
             return
-        other = "refined" if self._is_misled(field, state, level) else "smoothed"
-        if plain > _COMFORTABLE[other]:
-            return
-        if self._tried[other] == 0:
-            self._sizes[other] = plain
-        if self._on_trial(other):
+        if self._is_misled(field, state, level):
+            self._sizes.setdefault("refined", plain)
+            self.force = "refined"
+        elif plain <= _COMFORTABLE["smoothed"]:
+            smoothed = self._sizes.setdefault("smoothed", plain)
             # It is given up as soon as it needs the shorter steps.
-            better = self._sizes[other] > 0.7 * plain
-        else:
-            better = self._sizes[other] > _WORTH[other] * plain
-        if better:
-            self.force = other
+            least = 0.7 if self._on_trial("smoothed") else 1.0
+            self.force = "smoothed" if smoothed > least * plain else "plain"
 
     def _on_trial(self, name: str) -> bool:
-        return name != "plain" and self._tried[name] < _TRIALS
+        return name == "smoothed" and self._tried < _TRIALS
 
     def _resize(self, change: float) -> None:
         """Another step size for the force in use; what shortens its steps shortens the others'."""
@@ -198,16 +197,14 @@ class Hamiltonian:
     def _change_force(
         self, field: RayField, state: Population, level: Level, retry: int, first: float
     ) -> None:
-        """After a move in vain: drops a force on trial; tries the refined one for the plain one."""
+        """After a move in vain: drops a force on trial, or the plain one if that is misled."""
         if self._on_trial(self.force):
-            self._tried[self.force] = _TRIALS
+            self._tried = _TRIALS
             self.force = "plain"
-            return
-        # Where shorter steps do not help, the force itself may be to blame.
-        untried = self.force == "plain" and self._tried["refined"] == 0
-        if untried and retry >= 1 and self._is_misled(field, state, level):
+        elif self.force == "plain" and retry >= 1 and self._is_misled(field, state, level):
+            # Shorter steps do not help where the force itself is to blame.
+            self._sizes["refined"] = max(first, self._sizes.get("refined", 0.0))
             self.force = "refined"
-            self._sizes["refined"] = first
 
     def _is_misled(self, field: RayField, state: Population, level: Level) -> bool:
         """Whether the plain force on this level is another one than at the ends of the rays."""
