@@ -37,7 +37,8 @@ FORCES = ("plain", "refined", "smoothed")
 _MISLED = 0.05
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
-# Below these steps of the plain force another one is thought of; the smoothed one is tried so often.
+# Below these steps of the plain force another one is thought of; the smoothed one is on trial for
+# so many moves.
 _COMFORTABLE = {"refined": 0.15, "smoothed": 0.05}
 _TRIALS = 8
 _MOST_SHRINKS = 60
