@@ -16,7 +16,7 @@ trial says whether a ray reaches the radius that the slice asks for.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +35,8 @@ _MOST_RETRIES = 8
 FORCES = ("plain", "refined", "smoothed")
 # Relative difference of plain and refined forces from which on the refined one is taken.
 _MISLED = 0.05
+# A level whose β is so many times the last one's is far beyond it.
+_FAR_BEYOND = 2.0
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
 # Below these steps of the plain force another one is thought of; the smoothed one is on trial for
@@ -91,6 +93,8 @@ class Hamiltonian:
     name: str = "hamiltonian"
 
     _log_multiple: float = 0.0
+    _beta: float = 0.0
+    _force_level: Level = field(default_factory=lambda: Level(0.0, -math.inf))
     _misled: bool | None = None
     # Of the forces that have been used.
     _sizes: dict[str, float] = field(default_factory=dict)
@@ -99,11 +103,16 @@ class Hamiltonian:
     _accepted: float = 0.0
     _moves: int = 0
     _capped: int = 0
+    _leapfrogs: int = 0
 
     def start_level(self, population: Population, level: Level) -> None:
         """Takes the median end of the population's rays as the level's radius."""
-        del level
         self._log_multiple = float(np.median(population.log_multiples))
+        # Far beyond the last level, as the end of a path may be, a target is nearly flat or nearly
+        # nothing. No leapfrog can follow such walls; those of the last level it can.
+        far = 0.0 < _FAR_BEYOND * self._beta < level.beta
+        self._force_level = replace(level, beta=self._beta) if far else level
+        self._beta = level.beta
         self._accepted, self._moves, self._capped = 0.0, 0, 0
         self._misled = None
         self._sizes.setdefault("plain", self.step_size)
@@ -112,8 +121,8 @@ class Hamiltonian:
     def step(self, field: RayField, state: Population, level: Level) -> Population:
         """One trajectory of about a quarter circle for every chain."""
         if self.adapt:
-            self._choose_force(field, state, level)
-        first = self._sizes[self.force]
+            self._choose_force(field, state)
+        first, self._leapfrogs = self._sizes[self.force], 0
         for retry in range(_MOST_RETRIES):
             proposed, log_ratio = self._trajectory(field, state, level)
             rate = float(np.exp(log_ratio).mean())
@@ -122,9 +131,9 @@ class Hamiltonian:
             # A step far too long, as the first one may be, would waste a whole level.
             change = math.exp(0.8 * (rate - _TARGET_ACCEPTANCE)) if rate > _HOPELESS else 0.4
             self._resize(change)
-            if rate > _HOPELESS:
+            if rate > _HOPELESS or self._leapfrogs >= self.most_leapfrogs:
                 break
-            self._change_force(field, state, level, retry, first)
+            self._change_force(field, state, retry, first)
         self._accepted += rate
         self._moves += 1
         self._tried += self.force == "smoothed"
@@ -144,31 +153,32 @@ class Hamiltonian:
         wanted = max(1, round(0.5 * math.pi * float(self.rng.uniform(0.7, 1.3)) / epsilon))
         steps = min(wanted, self.most_leapfrogs)
         self._capped += wanted > steps
+        self._leapfrogs += steps
         v = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
         v /= math.sqrt(d)
         v -= (v * q).sum(dim=1, keepdim=True) * q
         before = _kinetic(v, d)
-        force, guess = self._force(field, q, level)
+        force, guess = self._force(field, q)
         for _ in range(steps):
             v = v + (0.5 * epsilon) * force
             q, v = great_circle(q, v, epsilon)
-            force, guess = self._force(field, q, level)
+            force, guess = self._force(field, q)
             v = v + (0.5 * epsilon) * force
         proposed = field.measure(q, guess)
         gained = field.log_target(proposed, level) - field.log_target(state, level)
         log_ratio = gained + before - _kinetic(v, d)
         return proposed, np.minimum(np.nan_to_num(log_ratio, nan=-math.inf, posinf=0.0), 0.0)
 
-    def _force(self, field: RayField, q: Tensor, level: Level) -> tuple[Tensor, Float]:
+    def _force(self, field: RayField, q: Tensor) -> tuple[Tensor, Float]:
         return field.force(
             q,
             self._log_multiple,
-            level,
+            self._force_level,
             smoothed=self.force == "smoothed",
             refinements=_REFINEMENTS if self.force == "refined" else 0,
         )
 
-    def _choose_force(self, field: RayField, state: Population, level: Level) -> None:
+    def _choose_force(self, field: RayField, state: Population) -> None:
         """Another one while the plain force needs short steps.
 
         The refined one where the plain one is misled; else the smoothed one, if its trial is a
@@ -177,7 +187,7 @@ class Hamiltonian:
         plain, self.force = self._sizes["plain"], "plain"
         if plain > max(_COMFORTABLE.values()):
             return
-        if self._is_misled(field, state, level):
+        if self._is_misled(field, state):
             self._sizes.setdefault("refined", plain)
             self.force = "refined"
         elif plain <= _COMFORTABLE["smoothed"]:
@@ -195,24 +205,22 @@ class Hamiltonian:
         for name in [self.force] if alone else list(self._sizes):
             self._sizes[name] = min(max(self._sizes[name] * change, 1e-5), 1.5)
 
-    def _change_force(
-        self, field: RayField, state: Population, level: Level, retry: int, first: float
-    ) -> None:
+    def _change_force(self, field: RayField, state: Population, retry: int, first: float) -> None:
         """After a move in vain: drops a force on trial, or the plain one if that is misled."""
         if self._on_trial(self.force):
             self._tried = _TRIALS
             self.force = "plain"
-        elif self.force == "plain" and retry >= 1 and self._is_misled(field, state, level):
+        elif self.force == "plain" and retry >= 1 and self._is_misled(field, state):
             # Shorter steps do not help where the force itself is to blame.
             self._sizes["refined"] = max(first, self._sizes.get("refined", 0.0))
             self.force = "refined"
 
-    def _is_misled(self, field: RayField, state: Population, level: Level) -> bool:
+    def _is_misled(self, field: RayField, state: Population) -> bool:
         """Whether the plain force on this level is another one than at the ends of the rays."""
         if self._misled is None:
             plain, refined = (
-                field.force(state.units, self._log_multiple, level, refinements=steps)[0]
-                for steps in (0, _REFINEMENTS)
+                field.force(state.units, self._log_multiple, self._force_level, refinements=n)[0]
+                for n in (0, _REFINEMENTS)
             )
             # Rays that end at a cap feel no force, and say nothing.
             self._misled = float((refined - plain).norm()) > _MISLED * float(refined.norm())
