@@ -37,6 +37,7 @@ FORCES = ("plain", "refined", "smoothed")
 _MISLED = 0.05
 # A level whose β is so many times the last one's is far beyond it.
 _FAR_BEYOND = 2.0
+_FAR_LEAPFROGS = 16
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
 # Below these steps of the plain force another one is thought of; the smoothed one is on trial for
@@ -94,6 +95,7 @@ class Hamiltonian:
 
     _log_multiple: float = 0.0
     _beta: float = 0.0
+    _far: bool = False
     _force_level: Level = field(default_factory=lambda: Level(0.0, -math.inf))
     _misled: bool | None = None
     # Of the forces that have been used.
@@ -109,9 +111,9 @@ class Hamiltonian:
         """Takes the median end of the population's rays as the level's radius."""
         self._log_multiple = float(np.median(population.log_multiples))
         # Far beyond the last level, as the end of a path may be, a target is nearly flat or nearly
-        # nothing. No leapfrog can follow such walls; those of the last level it can.
-        far = 0.0 < _FAR_BEYOND * self._beta < level.beta
-        self._force_level = replace(level, beta=self._beta) if far else level
+        # nothing. No leapfrog can follow such walls; those of the last level it can, for a while.
+        self._far = 0.0 < _FAR_BEYOND * self._beta < level.beta
+        self._force_level = replace(level, beta=self._beta) if self._far else level
         self._beta = level.beta
         self._accepted, self._moves, self._capped = 0.0, 0, 0
         self._misled = None
@@ -151,7 +153,7 @@ class Hamiltonian:
         # One number of steps for all chains: their gradients are one call.
         epsilon = self._sizes[self.force] * float(self.rng.uniform(0.85, 1.15))
         wanted = max(1, round(0.5 * math.pi * float(self.rng.uniform(0.7, 1.3)) / epsilon))
-        steps = min(wanted, self.most_leapfrogs)
+        steps = min(wanted, _FAR_LEAPFROGS if self._far else self.most_leapfrogs)
         self._capped += wanted > steps
         self._leapfrogs += steps
         v = torch.randn(q.shape, generator=self.generator, device=q.device, dtype=q.dtype)
@@ -190,7 +192,7 @@ class Hamiltonian:
         if self._is_misled(field, state):
             self._sizes.setdefault("refined", plain)
             self.force = "refined"
-        elif plain <= _COMFORTABLE["smoothed"]:
+        elif plain <= _COMFORTABLE["smoothed"] and not self._far:
             smoothed = self._sizes.setdefault("smoothed", plain)
             # It is given up as soon as it needs the shorter steps.
             least = 0.7 if self._on_trial("smoothed") else 1.0
