@@ -55,9 +55,13 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(problem: Problem, stage: str, n: float | None, replicates: int) -> dict[str, Any]:
-    """One stage."""
+def measure(
+    problem: Problem, stage: str, n: float | None, replicates: int, radius: float | None = None
+) -> dict[str, Any]:
+    """One stage, with another budget or cap where they are given."""
     call = dict(STAGES[stage])
+    if radius is not None and call["measure"] is not None:
+        call["measure"] = fastvol.Lebesgue(radius)
     if call["measure"] is None:
         scale = {name: _WIDEST / problem.dim**0.5 * s for name, s in problem.scale().items()}
         call["measure"] = fastvol.Gaussian(scale)
@@ -122,13 +126,14 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all")
     parser.add_argument("--data", type=Path, help="folder of train.parquet; else generated images")
     parser.add_argument("--n", type=float, help="budget, instead of the stage's own")
+    parser.add_argument("--radius", type=float, help="cap, instead of the stage's own")
     parser.add_argument("--replicates", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     problem = mnist_mlp(Sources(mnist=options.data))
     show: Callable[..., None] = print
     for stage in options.stages or STAGES:
-        found = measure(problem, stage, options.n, options.replicates)
+        found = measure(problem, stage, options.n, options.replicates, options.radius)
         record(f"mnist_reach_{stage}", found, folder=options.results)
         show(stage, f"{found['seconds']:.0f} s", found["warnings"])
         for row in found["profile"]:
