@@ -491,3 +491,24 @@ def test_a_force_that_is_to_blame_is_replaced(monkeypatch):
     assert report["force"] == KINDS.index("refined")
     assert report["acceptance"] > 0.15
     assert report["step_size"] > 0.03
+
+
+@pytest.mark.parametrize(("cap", "far"), [(0.2, True), (50.0, False)])
+def test_walls_of_a_level_far_beyond_the_last(monkeypatch, cap, far):
+    """Where many rays end at the cap the force stays that of the last level."""
+
+    def use(problem):
+        field = open_field(problem)
+        generator, rng = generators()
+        move = Hamiltonian(generator, rng)
+        state = field.measure(units(30, 16))
+        for beta in (0.1, 1.0):
+            level = Level(beta, math.log(cap))
+            move.start_level(state, level)
+            state = move.step(field, state, level)
+        return move
+
+    move = within(monkeypatch, compounds.polynomial(30), use, measure=Lebesgue(cap))
+    assert move._far == far
+    assert move._force_level.beta == (0.1 if far else 1.0)
+    assert move.report()["acceptance"] > 0.15

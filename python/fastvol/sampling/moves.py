@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._reference.search import Status
 from .field import Level, Population, RayField
 
 Float = npt.NDArray[np.float64]
@@ -38,6 +39,7 @@ _MISLED = 0.05
 # A level whose β is so many times the last one's is far beyond it.
 _FAR_BEYOND = 2.0
 _FAR_LEAPFROGS = 16
+_MANY_CAPPED = 0.25
 # Steps of the search for the ends of the rays that the refined force makes.
 _REFINEMENTS = 2
 # Below these steps of the plain force another one is thought of; the smoothed one is on trial for
@@ -110,9 +112,11 @@ class Hamiltonian:
     def start_level(self, population: Population, level: Level) -> None:
         """Takes the median end of the population's rays as the level's radius."""
         self._log_multiple = float(np.median(population.log_multiples))
-        # Far beyond the last level, as the end of a path may be, a target is nearly flat or nearly
-        # nothing. No leapfrog can follow such walls; those of the last level it can, for a while.
-        self._far = 0.0 < _FAR_BEYOND * self._beta < level.beta
+        # Where many rays reach the cap the end of a path is far beyond the last level: a target
+        # that is flat or nearly nothing. No leapfrog can follow its walls; those of the last level
+        # it can, for a while.
+        capped = float((population.status == Status.UNBOUNDED).mean()) > _MANY_CAPPED
+        self._far = capped and 0.0 < _FAR_BEYOND * self._beta < level.beta
         self._force_level = replace(level, beta=self._beta) if self._far else level
         self._beta = level.beta
         self._accepted, self._moves, self._capped = 0.0, 0, 0
@@ -202,8 +206,8 @@ class Hamiltonian:
         return name == "smoothed" and self._tried < _TRIALS
 
     def _resize(self, change: float) -> None:
-        """Another step size for the force in use; what shortens its steps shortens the others'."""
-        alone = change > 1.0 or self._on_trial(self.force)
+        """Another step size for the force in use, and with it for those that are not on trial."""
+        alone = self._on_trial(self.force)
         for name in [self.force] if alone else list(self._sizes):
             self._sizes[name] = min(max(self._sizes[name] * change, 1e-5), 1.5)
 
