@@ -26,7 +26,6 @@ Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-_FRESH = torch.Tag.pointwise
 
 
 @dataclass
@@ -73,7 +72,6 @@ class Program:
         room: float = math.inf,
         gradients_of: Program | None = None,
     ) -> None:
-        self._graph = traced.graph
         self._lanes = lanes
         self._gradients_of = gradients_of
         self._ray_losses = ray_losses
