@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,6 +124,11 @@ class Objective:
         """Examples of the largest batch in memory."""
         return max((_examples(b.args or b.kwargs) for b in self._batches or ()), default=0)
 
+    @property
+    def examples(self) -> int:
+        """Examples of all batches in memory."""
+        return sum(_examples(b.args or b.kwargs) for b in self._batches or ())
+
     def batches(self) -> Iterator[Batch]:
         """The batches in order, without those in which no example counts."""
         if self._batches is not None:
@@ -141,24 +147,37 @@ class Objective:
         That holds where the loss is a mean over examples that do not see each other. A batch whose
         parts do not all have as many rows comes back whole.
         """
-        everything = (batch.args, batch.kwargs, batch.target)
-        parts, spec = pytree.tree_flatten(everything)
-        lengths = {p.shape[0] for p in parts if isinstance(p, Tensor) and p.dim()}
-        if (
-            not rows
-            or len(lengths) != 1
-            or any(isinstance(p, Tensor) and not p.dim() for p in parts)
-        ):
+        length = _length(batch)
+        if not rows or length is None:
             return [batch]
-        (length,) = lengths
-        result = []
-        for first in range(0, length, rows):
-            some = [p[first : first + rows] if isinstance(p, Tensor) else p for p in parts]
-            args, kwargs, target = pytree.tree_unflatten(some, spec)
-            examples = min(rows, length - first)
-            weight = _mean_weight(self._loss_fn, target, examples)
-            result.append(Batch(args, kwargs, target, weight))
-        return [part for part in result if part.weight]
+        parts = [self._part(batch, slice(i, min(i + rows, length))) for i in range(0, length, rows)]
+        return [part for part in parts if part.weight]
+
+    def thinned(self, examples: int) -> Objective | None:
+        """The loss on about so many of the examples in memory, spread evenly over them.
+
+        ``None`` where there are not twice as many, or where the batches are not made of rows.
+        """
+        lengths = [_length(batch) for batch in self._batches or ()]
+        whole = [length for length in lengths if length is not None]
+        if not whole or len(whole) < len(lengths) or sum(whole) < 2 * examples:
+            return None
+        step = sum(whole) // examples
+        thinned = copy.copy(self)
+        # A batch shorter than the step still gives its first example.
+        thinned._batches = [
+            self._part(batch, slice(0, length, step))
+            for batch, length in zip(self._batches or (), whole, strict=True)
+        ]
+        return thinned if any(batch.weight for batch in thinned._batches) else None
+
+    def _part(self, batch: Batch, rows: slice) -> Batch:
+        """Some rows of a batch."""
+        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
+        some = [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs, target = pytree.tree_unflatten(some, spec)
+        examples = len(range(rows.stop)[rows])
+        return Batch(args, kwargs, target, _mean_weight(self._loss_fn, target, examples))
 
     def call(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
         """What the user's loss returns for one batch; its exceptions are named after it.
@@ -353,6 +372,16 @@ def _examples(inputs: Any) -> int:
         if isinstance(entry, (Tensor, Mapping, tuple, list)):
             return _examples(entry)
     return 1
+
+
+def _length(batch: Batch) -> int | None:
+    """The rows of a batch, where all of its tensors have as many."""
+    leaves = pytree.tree_leaves((batch.args, batch.kwargs, batch.target))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    lengths = {tensor.shape[0] for tensor in tensors if tensor.dim()}
+    if len(lengths) != 1 or not all(tensor.dim() for tensor in tensors):
+        return None
+    return int(lengths.pop())
 
 
 def _bytes(value: Any) -> int:

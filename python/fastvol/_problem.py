@@ -138,13 +138,20 @@ class Problem:
             return -0.5 * self.offset_squared
         return self.backend.log_ball_volume(self.dim) + math.log(self.dim)
 
-    def engine(self, lanes: int | None = None) -> GeneralEngine:
-        """A new engine over this problem's rays, with the plan's number of lanes by default."""
+    def engine(
+        self, lanes: int | None = None, *, objective: Objective | None = None
+    ) -> GeneralEngine:
+        """A new engine over this problem's rays.
+
+        Args:
+            lanes: the plan's own number by default.
+            objective: another loss, the problem's own by default.
+        """
         plan = self.plan
         if lanes is not None:
             plan = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes))
         return open_engine(
-            self.objective,
+            objective or self.objective,
             self.layout,
             self.ray_scale,
             plan,

@@ -32,6 +32,7 @@ ROWS_BYTES = 512 << 20
 _CHUNK_BYTES = 256 << 20
 _SINGLE_LANES = 4
 PROBE_STREAM = 2
+SCREENINGS = ("unmeasured", "off", "subset", "bfloat16", "subset in bfloat16")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Plan:
         reason: why this chunk, in words.
         rows: examples that the layered engine takes at once; 0 is a whole batch.
         cached: whether it keeps what is linear in the parameters for all radii of a direction.
+        screening: what a search looks at first to learn where to begin: ``"off"``, ``"subset"`` (of
+            ``screen_examples`` examples), ``"bfloat16"``, ``"subset in bfloat16"``, or
+            ``"unmeasured"``: then a run measures which of them pays.
+        screen_examples: of the subset; 0 is all.
+        screen_offset: what a radius has more in log than on the screen.
     """
 
     engine: str
@@ -65,6 +71,9 @@ class Plan:
     reason: str = ""
     rows: int = 0
     cached: bool = False
+    screening: str = "unmeasured"
+    screen_examples: int = 0
+    screen_offset: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -90,8 +99,18 @@ class Plan:
                 raise ValueError(
                     f"plan[{name!r}] must be True or False, got {getattr(plan, name)!r}"
                 )
-        if type(plan.rows) is not int or plan.rows < 0:
-            raise ValueError(f"plan['rows'] must be a whole number from 0, got {plan.rows!r}")
+        for name in ("rows", "screen_examples"):
+            count = getattr(plan, name)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"plan[{name!r}] must be a whole number from 0, got {count!r}")
+        if plan.screening not in SCREENINGS:
+            raise ValueError(
+                f"plan['screening'] must be one of {', '.join(SCREENINGS)}, got {plan.screening!r}"
+            )
+        if type(plan.screen_offset) is not float or not math.isfinite(plan.screen_offset):
+            raise ValueError(
+                f"plan['screen_offset'] must be a finite number, got {plan.screen_offset!r}"
+            )
         cores = os.cpu_count() or 1
         most = {"chunk": 2**16, "lanes": 2**16, "block": 2**16}
         for name in (*most, "threads", "noise_threads"):
@@ -114,7 +133,13 @@ class GeneralEngine:
         plan: chunk and lanes.
         backend: makes the noise.
         project: float64 ``[d]``, whose product with every z is reported by :meth:`load`.
+
+    Attributes:
+        coarse: whether losses are made in bfloat16, where PyTorch's autocast does so: good enough
+            to choose where to look, not to say where a boundary is.
     """
+
+    coarse = False
 
     def __init__(
         self,
@@ -246,7 +271,7 @@ class GeneralEngine:
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
         total, weight = np.zeros(len(lanes)), 0.0
-        with torch.no_grad():
+        with torch.no_grad(), self._arithmetic():
             if self._objective.in_memory:
                 for start in range(0, len(lanes), chunk):
                     part = slice(start, start + chunk)
@@ -287,6 +312,10 @@ class GeneralEngine:
                     slopes = slopes[:, self._index]
                 gradients[part] += batch.weight * self._scaled(slopes)
         return total / weight, gradients / weight
+
+    def _arithmetic(self) -> torch.autocast:
+        device = self._theta0.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.coarse)
 
     def _perturb(self, radii: Float, lanes: Int) -> None:
         """Writes θ for each lane into the first rows of the buffer."""

@@ -12,6 +12,7 @@ from .._proposal import Proposal
 from ..engines import Engine
 from ..result import Rays, VolumeEstimate, assemble
 from ._audit import audit
+from ._screen import choose_screen
 from ._search import Pilot, RayLoss, make_pilot, pilot_source, scan, settle
 
 
@@ -44,6 +45,7 @@ def run_threshold(
     pilot_loss = pilot_source(problem, engine, proposal)
     if pilot is None:
         pilot, _ = make_pilot(problem, pilot_loss, threshold)
+    problem, screen, screen_loss = choose_screen(problem, engine, pilot, threshold, proposal)
     loss = RayLoss(problem, engine, 0, proposal)
     constant_of_law = 0.0 if proposal is None else proposal.log_constant
 
@@ -51,7 +53,8 @@ def run_threshold(
     running = problem.backend.LogMeanExp()
     for first in range(0, n, block):
         ids = np.arange(first, min(first + block, n))
-        rays.log_radii[ids], rays.status[ids] = settle(problem, loss, pilot, threshold, ids)
+        start = None if screen is None else screen.starts(ids)
+        rays.log_radii[ids], rays.status[ids] = settle(problem, loss, pilot, threshold, ids, start)
         rays.shift[ids] = loss.shift
         rays.log_offset[ids] = loss.offsets()
         if problem.first_crossing:
@@ -79,6 +82,8 @@ def run_threshold(
     else:
         audit(problem, loss, pilot, threshold, rays, search_loss)
 
+    if screen is not None:
+        screen_loss += screen.n_loss
     now = time.perf_counter()
     config = {
         **problem.config,
@@ -90,7 +95,9 @@ def run_threshold(
         config["preconditioner"] = proposal.describe()
     provenance = {
         **problem.provenance,
-        "engine_seconds": pilot_loss.seconds + loss.seconds,
+        "engine_seconds": pilot_loss.seconds
+        + loss.seconds
+        + (0.0 if screen is None else screen.seconds),
         "run_seconds": now - began,
         "remarks": list(notes),
     }
@@ -106,7 +113,7 @@ def run_threshold(
         config=config,
         plan=problem.plan.describe(),
         provenance=provenance,
-        n_loss=n_loss + pilot_loss.n_loss + loss.n_loss,
+        n_loss=n_loss + pilot_loss.n_loss + screen_loss + loss.n_loss,
         n_grad=n_grad,
         seconds=now - problem.began,
     )

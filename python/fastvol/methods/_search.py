@@ -49,7 +49,7 @@ class RayLoss:
     ) -> None:
         self._problem = problem
         self._engine = engine
-        self._stream = stream
+        self.stream = stream
         self.proposal = proposal
         self.ids = np.zeros(0, dtype=np.int64)
         self.shift = self.log_norm = self.proposal_shift = np.zeros(0)
@@ -70,7 +70,7 @@ class RayLoss:
         began = time.perf_counter()
         problem, ids = self._problem, self.ids[items]
         if self.proposal is None:
-            rays = Indexed(problem.seed, ids, stream=self._stream, antithetic=problem.antithetic)
+            rays = Indexed(problem.seed, ids, stream=self.stream, antithetic=problem.antithetic)
             info = self._engine.load(lanes, rays)
             self.shift[items] = info.dot / info.norm
         else:
@@ -90,7 +90,7 @@ class RayLoss:
         problem.backend.normals(
             z,
             problem.seed,
-            self._stream,
+            self.stream,
             ids,
             antithetic=problem.antithetic,
             threads=problem.plan.noise_threads,

@@ -201,7 +201,7 @@ class LayeredEngine(GeneralEngine):
         """See :class:`fastvol.engines.protocol.Engine`."""
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total, outside = np.zeros(len(lanes)), np.zeros(len(lanes), dtype=np.bool_)
-        with torch.no_grad():
+        with torch.no_grad(), self._arithmetic():
             self._show(lanes[self._fresh[lanes]])
             for first in range(0, len(lanes), self._plan.chunk):
                 part = slice(first, first + self._plan.chunk)

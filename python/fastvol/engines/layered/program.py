@@ -250,7 +250,8 @@ class Program:
         values = self._values(lanes, coefficient, moved, span)
         target = self._shared[self._summed.target]
         sums, outside = self._ray_losses(
-            values[self._summed.outputs],
+            # The core has no bfloat16, in which a coarse engine's outputs come.
+            values[self._summed.outputs].to(coefficient.dtype),
             target,
             kind=self._summed.kind,
             limit=None if limit is None else limit * self._count,
