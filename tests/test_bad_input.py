@@ -296,6 +296,7 @@ def holding(value: float) -> nn.Module:
         (lambda: nn.Linear(2, 2).requires_grad_(False), "model"),
         (lambda: nn.Linear(0, 0), "model"),
         (lambda: nn.LazyLinear(3), "model"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
         (lambda: nn.Linear(2, 2, device="meta"), "weight"),
         (complex_parameter, "weight"),
         (lambda: holding(NAN), "weight"),
@@ -305,6 +306,7 @@ def holding(value: float) -> nn.Module:
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_models(make: Callable[[], Any], name: str) -> None:
     caught = refused(name, estimate, make())
     assert "model" in str(caught.value)

@@ -204,8 +204,6 @@ def estimate(  # type: ignore[misc]
         raise TypeError(
             f"measure must be fastvol.Lebesgue or fastvol.Gaussian, got {type(measure).__name__}"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
     inner = unwrap(model)
     layout = ParameterLayout(inner, parameters)

@@ -115,8 +115,6 @@ def prior_mass(
     chain_count = None if is_auto(chains) else whole(chains, "chains", least=8, below=2**16)
     progress = boolean(progress, "progress")
     thresholds, _ = numbers_of(threshold, "threshold")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     law = Gaussian(std)
     inner = unwrap(model)
     layout = ParameterLayout(inner, parameters)

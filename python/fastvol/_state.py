@@ -15,13 +15,24 @@ from .errors import FastvolError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
+    """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers.
+
+    Raises:
+        TypeError: ``model`` is no module, or a TorchScript one, whose parameters are not Python's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, wrappers):
             model = model.module
+        elif isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a TorchScript module, whose parameters cannot be replaced from outside; "
+                "pass the module that it was made from"
+            )
         else:
             return model
 

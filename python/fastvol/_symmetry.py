@@ -149,8 +149,6 @@ def symmetry_log_count(
         >>> round(symmetry_log_count(mlp), 1)  # log 256!
         1167.3
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrap(model)
     layout = ParameterLayout(model, parameters)
     named = dict(model.named_parameters())
@@ -362,11 +360,6 @@ def _chain(model: nn.Module) -> Iterator[_Step]:
 
 def _trace(model: nn.Module) -> tuple[nn.Module, list[fx.Node]]:
     """The operations of the forward, and the module that they name their modules from."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise FastvolError(
-            "model is a TorchScript module, which torch.fx cannot read; pass the module that it "
-            "was made from"
-        )
     if model._forward_hooks or model._forward_pre_hooks:
         raise FastvolError(
             "model has forward hooks, which may change what passes through; remove them"
