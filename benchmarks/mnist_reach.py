@@ -52,6 +52,13 @@ STAGES: dict[str, dict[str, Any]] = {
         "preconditioner": None,
     },
     "gaussian": {"method": "annealed", "n": 60_000, "measure": None, "preconditioner": None},
+    "gaussian_splitting": {
+        "method": "splitting",
+        "loss_fn": _without_gradient,
+        "n": 60_000,
+        "measure": None,
+        "preconditioner": None,
+    },
 }
 
 
@@ -78,7 +85,7 @@ def measure(
         replicates=replicates,
         **call,
     )
-    gaussian = stage == "gaussian"
+    gaussian = stage.startswith("gaussian")
     radii = np.array(_RADII) / _WIDEST if gaussian else np.array(_RADII)
     if not gaussian:
         radii = radii[radii <= call["measure"].max_radius]
