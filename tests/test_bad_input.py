@@ -99,7 +99,20 @@ USABLE: dict[str, Callable[[Any], bool]] = {
 }
 
 
-KNOWN = {"auto", "radial", "general", "cpp", "torch", "full", "raise", "euclidean", "filter", "cpu"}
+KNOWN = {
+    "auto",
+    "radial",
+    "general",
+    "layered",
+    "inplace",
+    "cpp",
+    "torch",
+    "full",
+    "raise",
+    "euclidean",
+    "filter",
+    "cpu",
+}
 
 
 def usable(name: str, value: Any) -> bool:
@@ -139,7 +152,6 @@ def test_unknown_strings(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("engine", "inplace"),
         ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
         ("checkpoint", Path("run.ckpt")),
@@ -511,7 +523,7 @@ def test_caps(max_radius: Any) -> None:
         {"chunk": "4"},
         {"chunk": 1.0},
         {"block": None},
-        {"engine": "inplace"},
+        {"engine": "triton"},
         {"rows": -1},
         {"cached": 1},
         {"backend": "triton"},

@@ -14,13 +14,15 @@ from torch import nn
 
 from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
-from ._layout import ParameterLayout, ParameterSelector, digest
+from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
 from ._running import Threads, quiet_vmap, read_plan
+from ._scale import Scale
+from ._sharding import reshard
 from ._state import preserved, unwrap
 from ._version import __version__
-from .engines import Plan, choose_plan
+from .engines import Plan, choose_plan, plan_in_place, reason_to_write
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
@@ -208,22 +210,39 @@ def estimate(  # type: ignore[misc]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
     inner = unwrap(model)
+    # FSDP2 registers what it has gathered in place of the shards.
+    reshard(inner)
     layout = ParameterLayout(inner, parameters)
     if layout.size > 2**34:
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
     _check_device(device, layout.device)
-    theta = layout.flatten()
-    scale, metric_name = metric_scale(metric, layout, theta, used=isinstance(measure, Lebesgue))
-    ray_scale = layout.expand(measure.std, "std") if isinstance(measure, Gaussian) else scale
+    scale, metric_name = metric_scale(metric, layout, used=isinstance(measure, Lebesgue))
+    ray_scale = Scale.given(layout, measure.std, "std") if isinstance(measure, Gaussian) else scale
     given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
-    start = typical_radius(theta, ray_scale)
+    start = typical_radius(ray_scale)
+    writing = reason_to_write(engine if given_plan is None else given_plan.engine, layout, inner)
+    if layout.is_sharded and method not in ("auto", "radial"):
+        raise NotAvailableError(
+            f"method={method!r} keeps directions, which no process has whole of a sharded module; "
+            "use method='radial'"
+        )
 
-    with preserved(inner), Threads(given_plan), quiet_vmap():
-        objective = Objective(inner, loss_fn, data, layout.device)
-        loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
+    with preserved(inner, layout), Threads(given_plan), quiet_vmap():
+        objective = Objective(inner, loss_fn, data, layout.device, layout.group)
+        loss0 = objective.prepare(None if writing else layout.unflatten(layout.flatten(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None
-        if given_plan is None:
+        if given_plan is None and writing is not None:
+            given_plan = plan_in_place(
+                objective,
+                layout,
+                chosen_backend,
+                lanes=lane_count,
+                block=_BLOCK,
+                rays=count,
+                reason=writing,
+            )
+        elif given_plan is None:
             given_plan, trouble = choose_plan(
                 engine,
                 objective,
@@ -240,7 +259,7 @@ def estimate(  # type: ignore[misc]
             torch.set_num_threads(given_plan.threads)
         config = {
             "layout": layout.describe(),
-            "point_sha256": digest(theta, scale),
+            "point_sha256": scale.digest(),
             "metric": metric_name,
             "measure": measure.describe(),
             "loss0": loss0,
