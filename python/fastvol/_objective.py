@@ -97,6 +97,7 @@ class Objective:
         # Of a stream: a digest of each batch, as it was when it was first read.
         self._prints: list[Any] | None = None
         self._weight: float | None = None
+        self._is_in_step = False
         self._is_nonnegative = is_nonnegative(loss_fn, model)
         # What an engine has written down of the loss, by whatever that depends on.
         self.graphs: dict[Any, dict[Any, Any]] = {}
@@ -148,12 +149,15 @@ class Objective:
         Raises:
             ValueError: a stream gave other batches, or another order, than when it was first read.
         """
-        yield from self._group.in_step(self._own_batches())
-
-    def _own_batches(self) -> Iterator[Batch]:
         if self._batches is not None:
-            yield from (batch for batch in self._batches if batch.weight)
-            return
+            # Processes that hold their data have as many batches each as at the first look.
+            own = (batch for batch in self._batches if batch.weight)
+            yield from own if self._is_in_step else self._group.in_step(own)
+            self._is_in_step = True
+        else:
+            yield from self._group.in_step(self._read_again())
+
+    def _read_again(self) -> Iterator[Batch]:
         assert self._stream is not None
         prints, seen = self._prints, 0
         for index, item in enumerate(self._stream):
