@@ -229,6 +229,8 @@ def estimate(  # type: ignore[misc]
 
     with preserved(inner, layout), Threads(given_plan), quiet_vmap():
         objective = Objective(inner, loss_fn, data, layout.device, layout.group)
+        if writing:
+            layout.keep()
         loss0 = objective.prepare(None if writing else layout.unflatten(layout.flatten(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None

@@ -104,11 +104,6 @@ class ParameterLayout:
         """Whether other processes hold parts of the module."""
         return not self.group.alone
 
-    @property
-    def bytes(self) -> int:
-        """Of the moved parameters in their own dtypes, all processes together."""
-        return sum((s.stop - s.start) * s.dtype.itemsize for s in self.segments)
-
     def keep(self) -> list[Tensor]:
         """Copies of what is here of each parameter, made at the first call, for :meth:`restore`."""
         if self._kept is None:

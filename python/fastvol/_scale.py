@@ -17,8 +17,10 @@ from ._layout import ParameterLayout
 from ._sharding import is_sharded
 from .errors import FastvolError
 
-# Coordinates that are worked on together.
-SPAN = 1 << 20
+# Coordinates that are worked on together: some temporaries in float64 stay in the cache.
+SPAN = 1 << 18
+# Up to so many the sums are over flat vectors.
+_FLAT = 1 << 20
 
 
 class Scale:
@@ -73,17 +75,17 @@ class Scale:
             flat[segment.start : segment.stop] = self.of(i, 0, segment.stop - segment.start)
         return flat
 
-    def of(self, i: int, start: int, stop: int) -> Tensor:
-        """Of entries ``start`` to ``stop`` of what is here of segment i: float64, on the CPU."""
+    def of(self, i: int, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Of entries ``start`` to ``stop`` of what is here of segment i: on the CPU."""
         part = self._parts[i]
         entries = self.layout.local[i].values.numel()
         if part.numel() == 1:
-            return part.expand(stop - start)
+            return part.to(dtype).expand(stop - start)
         if part.numel() == entries:
-            return part[start:stop]
+            return part[start:stop].to(dtype)
         width = entries // part.numel()
         rows = slice(start // width, -(-stop // width))
-        whole = part[rows].repeat_interleave(width)
+        whole = part[rows].to(dtype)[:, None].expand(-1, width).reshape(-1)
         lead = start - rows.start * width
         return whole[lead : lead + stop - start]
 
@@ -139,7 +141,7 @@ class Scale:
 
     @property
     def _is_small(self) -> bool:
-        return self.layout.size <= SPAN and not self.layout.is_sharded
+        return self.layout.size <= _FLAT and not self.layout.is_sharded
 
     def digest(self, *, with_parameters: bool = True) -> str:
         """SHA-256 of the parameters in the working dtype, and of the scale: of the whole module."""
@@ -148,7 +150,7 @@ class Scale:
             for i in range(len(self.layout.segments)):
                 self._hash(sha, i, lambda i, a, b: self._theta(i, a, b).to(self.layout.dtype))
         for i in range(len(self.layout.segments)):
-            self._hash(sha, i, self.of)
+            self._hash(sha, i, lambda i, a, b: self.of(i, a, b))
         return sha.hexdigest()
 
     def _hash(self, sha: Any, i: int, read: Callable[[int, int, int], Tensor]) -> None:
@@ -186,8 +188,9 @@ class Scale:
         return float(self.layout.group.sum(math.fsum(values))[0])
 
 
-def spans_of(entries: int, at_once: int = SPAN) -> Iterator[tuple[int, int]]:
+def spans_of(entries: int, at_once: int | None = None) -> Iterator[tuple[int, int]]:
     """Stretches (start, stop) of at most ``at_once`` entries."""
+    at_once = at_once or SPAN
     for start in range(0, entries, at_once):
         yield start, min(start + at_once, entries)
 

@@ -84,6 +84,9 @@ def preserved(model: nn.Module, layout: ParameterLayout | None = None) -> Iterat
 
 
 def _reset(registry: dict[str, Any], before: dict[str, Any]) -> None:
+    if not isinstance(registry, dict):
+        # Of a module of TorchScript, whose parameters nobody can replace.
+        return
     if any(registry.get(name) is not value for name, value in before.items()) or len(
         registry
     ) != len(before):

@@ -30,7 +30,7 @@ from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo,
 ROWS_BYTES = 512 << 20
 # Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
 _CHUNK_BYTES = 256 << 20
-_SINGLE_LANES = 4
+SINGLE_LANES = 4
 PROBE_STREAM = 2
 
 
@@ -475,7 +475,7 @@ def measure_plan(
         reason = f"vmap: {trouble}"
     else:
         reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
-    lane_count = min(lanes or max(best_chunk, _SINGLE_LANES), block)
+    lane_count = min(lanes or max(best_chunk, SINGLE_LANES), block)
     return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 

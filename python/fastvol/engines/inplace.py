@@ -21,11 +21,15 @@ from torch import Tensor
 from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import Batch, Objective, as_float
-from .._scale import SPAN, Scale, spans_of
+from .._scale import Scale, spans_of
 from .._sharding import reshard
 from ..errors import NotAvailableError
 from .general import Plan
 from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo, Rays
+
+# Coordinates that are made together where they do not go straight into the model: enough for some
+# threads.
+SPAN = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class InPlaceEngine:
         counted = [span for span in self._spans if self._layout.local[span.segment].counts]
         for k, lane in enumerate(lanes):
             for span in counted:
-                for start, stop in spans_of(span.length):
+                for start, stop in spans_of(span.length, SPAN):
                     own_square, own_dot = self._sums(rays, k, span, start, stop)
                     square[k] += own_square
                     dot[k] += own_dot
@@ -228,7 +232,7 @@ class InPlaceEngine:
                 continue
             own = slope.reshape(-1)[span.start : span.start + span.length].to(row.dtype)
             stop = span.start + span.length
-            scale = self._scale.of(span.segment, span.start, stop).to(row.device, row.dtype)
+            scale = self._scale.of(span.segment, span.start, stop, row.dtype).to(row.device)
             row[span.coordinate : span.coordinate + span.length].addcmul_(own, scale, value=share)
 
     @contextmanager
@@ -272,7 +276,8 @@ class InPlaceEngine:
             at = slice(span.start + first, span.start + stop)
             scale = None
             if span.scale is None:
-                scale = self._scale.of(span.segment, at.start, at.stop).to(device, dtype)
+                scale = self._scale.of(span.segment, at.start, at.stop, dtype)
+                scale = scale.contiguous().to(device)
             coordinate = span.coordinate + first
             if direct:
                 self._add_noise(lane, coefficient, coordinate, scale, out[at], theta0[at])

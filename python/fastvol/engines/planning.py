@@ -19,6 +19,7 @@ from ..errors import FastvolError
 from .general import (
     PROBE_STREAM,
     ROWS_BYTES,
+    SINGLE_LANES,
     GeneralEngine,
     Plan,
     losses_agree,
@@ -29,9 +30,11 @@ from .inplace import InPlaceEngine
 from .layered import LayeredEngine, UntraceableError
 from .protocol import Engine, Float, Indexed
 
-# Parameters of so many bytes are written in place rather than copied for each evaluation.
-LARGE_BYTES = 128 << 20
-_LANES, _LANES_OF_STREAMS = 4, 32
+# Beyond this size, in the working dtype, the general engine cannot keep the noise of its rays and
+# makes it anew for each evaluation, as the in-place one does, which needs one copy of the
+# parameters where it needs two (measured: benchmarks/inplace_memory.py).
+LARGE_BYTES = ROWS_BYTES // SINGLE_LANES
+_LANES_OF_STREAMS = 32
 # Losses that a search spends on a direction, about.
 _LOSSES = 4
 # Tracing takes about as long as this many seconds of a run; shorter runs do without.
@@ -95,8 +98,9 @@ def reason_to_write(engine: str, layout: ParameterLayout, model: nn.Module) -> s
         return "it was asked for"
     if engine != "auto":
         return None
-    if layout.bytes > LARGE_BYTES:
-        return f"{layout.bytes / 2**20:.0f} MiB of parameters are too many for copies"
+    size = layout.size * torch.finfo(layout.dtype).bits // 8
+    if size > LARGE_BYTES:
+        return f"{size / 2**20:.0f} MiB of {layout.dtype} parameters are too many to batch"
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return "torch.func.functional_call does not reach into modules of TorchScript"
     return None
@@ -116,7 +120,7 @@ def plan_in_place(
 
     More lanes make no ray cheaper, but of data that have to be read: a batch is read once for all.
     """
-    most = _LANES if objective.in_memory else _LANES_OF_STREAMS
+    most = SINGLE_LANES if objective.in_memory else _LANES_OF_STREAMS
     threads = torch.get_num_threads()
     return Plan(
         engine="inplace",
