@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 import numbers
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._layout import ParameterLayout
-from ._sharding import is_sharded
+from ._sharding import Span, gathered, is_sharded
 from .errors import FastvolError
 
 # Coordinates that are worked on together: some temporaries in float64 stay in the cache.
@@ -28,18 +29,25 @@ class Scale:
 
     Args:
         layout: the moved parameters.
-        parts: of each segment what this process holds: float64 on the CPU, with one entry, with
-            one a row of dimension 0 (``[rows]``), or with all (``[entries]``).
+        parts: of each segment what this process holds: float64 on the CPU, a number (``[]``), one
+            for each row of dimension 0 (``[rows]``), or one for each entry (``[entries]``).
+        dropped: rows with the scale 0, in order, by segment; rows of the whole parameter.
     """
 
-    def __init__(self, layout: ParameterLayout, parts: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        parts: Sequence[Tensor],
+        dropped: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         self.layout = layout
         self._parts = tuple(parts)
+        self._dropped = dict(dropped or {})
 
     @classmethod
     def uniform(cls, layout: ParameterLayout, value: float = 1.0) -> Scale:
         """The same scale everywhere."""
-        one = torch.full((1,), value, dtype=torch.float64, device="cpu")
+        one = torch.full((), value, dtype=torch.float64, device="cpu")
         return cls(layout, [one] * len(layout.segments))
 
     @classmethod
@@ -63,7 +71,7 @@ class Scale:
                     f"{argument} of a sharded module must be a positive number, or a mapping from "
                     "the name of every moved parameter to one"
                 )
-            ones = torch.ones(1, dtype=torch.float64, device="cpu")
+            ones = torch.ones((), dtype=torch.float64, device="cpu")
             return cls(layout, [float(value[name]) * ones for name in names])
         return cls.from_flat(layout, layout.expand(value, argument))
 
@@ -79,7 +87,7 @@ class Scale:
         """Of entries ``start`` to ``stop`` of what is here of segment i: on the CPU."""
         part = self._parts[i]
         entries = self.layout.local[i].values.numel()
-        if part.numel() == 1:
+        if part.dim() == 0:
             return part.to(dtype).expand(stop - start)
         if part.numel() == entries:
             return part[start:stop].to(dtype)
@@ -91,25 +99,38 @@ class Scale:
 
     def constant(self, i: int) -> float | None:
         """The one scale of segment i, if it has one."""
-        return float(self._parts[i]) if self._parts[i].numel() == 1 else None
+        return float(self._parts[i]) if self._parts[i].dim() == 0 else None
 
-    def runs(self, i: int) -> list[tuple[int, int]]:
-        """Stretches of entries of segment i that move: (start, stop), in order."""
-        part = self._parts[i]
-        entries = self.layout.local[i].values.numel()
-        if bool((part > 0).all()):
-            return [(0, entries)] if entries else []
-        width = entries // part.numel()
-        edges = torch.diff((part > 0).to(torch.int8), prepend=_ZERO, append=_ZERO)
-        starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
-        return [(int(a) * width, int(b) * width) for a, b in zip(starts, stops, strict=True)]
+    def stretches(self, i: int) -> list[Span]:
+        """What is here of segment i and moves; ``coordinate`` counts what moves of the whole."""
+        segment, local = self.layout.segments[i], self.layout.local[i]
+        rows = self._dropped.get(i, ())
+        if not rows:
+            return list(local.spans)
+        width = (segment.stop - segment.start) // segment.shape[0]
+        result = []
+        for span in local.spans:
+            first, end = span.coordinate, span.coordinate + span.length
+            for row in (*rows, segment.shape[0]):
+                stop = min(row * width, end)
+                if stop > first:
+                    before = bisect.bisect_left(rows, first // width)
+                    start = span.start + first - span.coordinate
+                    result.append(Span(start, first - before * width, stop - first))
+                first = max(first, (row + 1) * width)
+        return result
+
+    def moving(self, i: int) -> int:
+        """Entries of the whole segment i that move."""
+        segment = self.layout.segments[i]
+        size = segment.stop - segment.start
+        rows = len(self._dropped.get(i, ()))
+        return size - rows * (size // segment.shape[0]) if rows else size
 
     @cached_property
     def dim(self) -> int:
         """d: coordinates that move, in all processes."""
-        if all(bool((part > 0).all()) for part in self._parts):
-            return self.layout.size
-        return int(self._sum(lambda i, start, stop: float((self.of(i, start, stop) > 0).sum())))
+        return sum(self.moving(i) for i in range(len(self.layout.segments)))
 
     @cached_property
     def log_sum(self) -> float:
@@ -160,18 +181,9 @@ class Scale:
             for start, stop in spans_of(local.numel()):
                 sha.update(read(i, start, stop).contiguous().numpy())
             return
-        from torch.distributed.tensor import DTensor
-
         # One parameter at a time is brought together.
-        sharded: Any = parameter
-        whole = DTensor.from_local(
-            read(i, 0, local.numel()).to(local.device).view(local.shape),
-            sharded.device_mesh,
-            sharded.placements,
-            shape=sharded.shape,
-            stride=sharded.stride(),
-        ).full_tensor()
-        sha.update(whole.cpu().contiguous().numpy())
+        own = read(i, 0, local.numel()).to(local.device).reshape(local.shape)
+        sha.update(gathered(own, parameter, parameter.shape).cpu().contiguous().numpy())
 
     def _theta(self, i: int, start: int, stop: int) -> Tensor:
         """float64, on the CPU."""
@@ -207,6 +219,3 @@ def _is_usable(value: Any, dtype: torch.dtype) -> bool:
     except (OverflowError, RuntimeError):
         return False
     return math.isfinite(working) and working > 0
-
-
-_ZERO = torch.zeros(1, dtype=torch.int8, device="cpu")

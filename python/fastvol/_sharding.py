@@ -129,6 +129,27 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor")
 
 
+def gathered(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
+    """The whole of a tensor that is divided as the sharded parameter ``like`` is.
+
+    Args:
+        values: what is here of it.
+        like: a ``DTensor``.
+        shape: of the whole; its dimensions are the first ones of ``like``.
+    """
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = like
+    whole: Tensor = DTensor.from_local(
+        values,
+        sharded.device_mesh,
+        sharded.placements,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    ).full_tensor()
+    return whole
+
+
 def reshard(model: nn.Module) -> None:
     """Lets FSDP2 put every parameter back into shards, so that the next pass gathers them anew."""
     for module in model.modules():

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._layout import ParameterLayout
 from ._scale import SPAN, Scale
-from .errors import FastvolWarning, NotAvailableError
+from ._sharding import gathered, is_sharded
+from .errors import FastvolWarning
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,25 @@ class FilterMetric:
     def _scale(self, layout: ParameterLayout, values: Sequence[Tensor]) -> Scale:
         parts = []
         dropped = []
+        zero_rows: dict[int, list[int]] = {}
         for i, segment in enumerate(layout.segments):
             if not 2 <= len(segment.shape) <= 5:
-                parts.append(torch.ones(1, dtype=torch.float64, device="cpu"))
+                parts.append(torch.ones((), dtype=torch.float64, device="cpu"))
                 continue
             norm = _row_norms(layout, i, values[i])
-            zero = (norm == 0).nonzero().flatten()
-            # In all processes together, or none: of a sharded module each sees its own rows.
-            count = int(layout.group.sum(len(zero) if layout.local[i].counts else 0)[0])
-            if count and self.zero_rows == "error":
-                row = f"row {int(zero[0]) + layout.local[i].rows}" if len(zero) else "a row"
+            zero = (norm == 0).nonzero().flatten().tolist()
+            if zero and self.zero_rows == "error":
                 raise ValueError(
-                    f"metric='filter': {row} of parameter {segment.name!r} has norm 0, so "
+                    f"metric='filter': row {zero[0]} of parameter {segment.name!r} has norm 0, so "
                     "it has no scale; choose other parameters=, or metric="
                     "fastvol.FilterMetric(zero_rows='drop') to leave such rows out"
                 )
-            if count and layout.is_sharded:
-                raise NotAvailableError(
-                    f"metric: parameter {segment.name!r} has rows with norm 0, which cannot be "
-                    "left out of d in a sharded module; choose other parameters="
-                )
-            if count:
-                dropped.append(f"{count} of {segment.name!r}")
-            parts.append(norm)
-        scale = Scale(layout, parts)
+            if zero:
+                dropped.append(f"{len(zero)} of {segment.name!r}")
+                zero_rows[i] = zero
+            local = layout.local[i]
+            parts.append(norm[local.rows : local.rows + len(local.values)])
+        scale = Scale(layout, parts, zero_rows)
         if scale.dim == 0:
             raise ValueError(
                 f"metric: every row of the moved parameters has norm 0 ({', '.join(dropped)}); "
@@ -84,15 +80,17 @@ class FilterMetric:
 
 
 def _row_norms(layout: ParameterLayout, i: int, values: Tensor) -> Tensor:
-    """Of the rows of segment i that are here: float64 ``[rows]``, on the CPU."""
-    local = layout.local[i]
+    """Of all rows of segment i, from what is here of it: float64 ``[rows]``, on the CPU."""
+    local, sharded = layout.local[i], layout.parameters[i]
     if not local.whole_rows:
-        sharded: Any = layout.parameters[i]
-        values = sharded.full_tensor().detach()[local.rows : local.rows + len(values)]
+        values = gathered(values, sharded, sharded.shape)
     width = max(1, values[:1].numel())
     parts = torch.split(values, max(1, SPAN // width)) if len(values) else []
     norms = [part.to("cpu", torch.float64).reshape(len(part), -1).norm(dim=1) for part in parts]
-    return torch.cat(norms) if norms else torch.empty(0, dtype=torch.float64, device="cpu")
+    own = torch.cat(norms) if norms else torch.empty(0, dtype=torch.float64, device="cpu")
+    if is_sharded(sharded) and local.whole_rows:
+        return gathered(own.to(layout.device), sharded, sharded.shape[:1]).cpu()
+    return own
 
 
 Metric = str | FilterMetric | Mapping[str, Any] | Tensor

@@ -321,22 +321,14 @@ class InPlaceEngine:
 
 def _spans_by_segment(layout: ParameterLayout, scale: Scale) -> list[list[_Span]]:
     """Where what is here of each parameter lies in a direction; a direction has what moves."""
-    result = []
-    dropped = 0
-    for i, (segment, local) in enumerate(zip(layout.segments, layout.local, strict=True)):
+    result, first = [], 0
+    for i in range(len(layout.segments)):
         constant = scale.constant(i)
-        if layout.is_sharded:
-            # Every coordinate moves.
-            own = [
-                _Span(i, part.start, segment.start + part.coordinate, part.length, constant)
-                for part in local.spans
+        result.append(
+            [
+                _Span(i, part.start, first + part.coordinate, part.length, constant)
+                for part in scale.stretches(i)
             ]
-        else:
-            own, entries = [], 0
-            for start, stop in scale.runs(i):
-                coordinate = segment.start - dropped + entries
-                own.append(_Span(i, start, coordinate, stop - start, constant))
-                entries += stop - start
-            dropped += segment.stop - segment.start - entries
-        result.append(own)
+        )
+        first += scale.moving(i)
     return result
