@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,3 +266,13 @@ def test_which_losses_cannot_be_negative() -> None:
     assert model_loss.nonnegative(gpt2())
     assert model_loss.nonnegative(bert())
     assert not model_loss.nonnegative(nn.Linear(1, 1))
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parent.parent / "docs" / "large_models.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "torchrun" not in block]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["basin"].plan["engine"] == "inplace"
+    assert "lower bound" in capsys.readouterr().out

@@ -109,16 +109,21 @@ def estimate(  # type: ignore[misc]
     Args:
         model: the trained module. It is evaluated in ``eval()`` mode; its parameters, buffers, mode
             and gradients, and the global random state, are as they were afterwards, also after an
-            exception. ``torch.compile`` and DDP wrappers are looked through.
+            exception. ``torch.compile`` and DDP wrappers are looked through. One that FSDP2 shards
+            is measured by the same call in all its processes; each may have its own part of
+            ``data``.
         loss_fn: ``loss_fn(model) -> scalar`` without ``data``; with it
             ``loss_fn(output, target) -> scalar``, the mean over the batch.
         n: number of directions, a whole number (``1e6`` is one). For ``"annealed"`` and
             ``"splitting"`` the budget is what n plain directions would cost, a gradient counting as
             three losses.
         data: ``(inputs, targets)``, or an iterable of such batches that can be read again and
-            again in the same order. ``inputs`` may be a tensor, a tuple of arguments, or a dict of
-            keyword arguments. Batches are weighted by examples, or by tokens where PyTorch's own
-            classification losses ignore some, and moved to the model's device.
+            again in the same order, which is checked. ``inputs`` may be a tensor, a tuple of
+            arguments, or a dict of keyword arguments. A batch may also be a dict alone, as Hugging
+            Face's models take it: then ``loss_fn(output, batch)`` gets the dict, and
+            ``fastvol.losses.model_loss`` is the loss that the model returns. Batches are weighted
+            by examples, or by tokens where PyTorch's own classification losses or the model's
+            ignore some, and moved to the model's device.
         threshold: τ, the same units as the loss; a sequence gives one result each, from the same
             directions.
         increase: τ − L(θ*), where ``threshold`` is not given; or a sequence.
@@ -149,8 +154,11 @@ def estimate(  # type: ignore[misc]
         first_crossing: scan every ray for a crossing before the one found, instead of the rays that
             carry the weight and a few at random.
         engine: ``"layered"`` evaluates a traced model with a ray axis, and makes what is linear in
-            the parameters once a direction; ``"general"`` runs any module. ``"auto"`` measures both
-            where the model can be traced; ``provenance["engine_reason"]`` says why it chose.
+            the parameters once a direction; ``"general"`` runs any module; ``"inplace"`` writes
+            rays into the model's own parameters, one at a time, and restores them: for models too
+            large to batch, and sharded ones. ``"auto"`` measures the first two where the model can
+            be traced, and takes the third where copies are too large, or cannot be had;
+            ``provenance["engine_reason"]`` says why it chose.
         backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
         device: must be the model's own, if given.
         lanes: rays in flight; measured by default.
