@@ -35,10 +35,13 @@ py::array out_argument(py::handle value) {
 }
 
 Directions directions_argument(const py::array& out, py::handle seed, py::handle stream,
-                               py::handle ids, bool antithetic) {
+                               py::handle ids, bool antithetic, py::handle first) {
     return {unsigned_argument(seed, "seed", max_uint64),
             static_cast<std::uint32_t>(unsigned_argument(stream, "stream", max_uint32)),
-            ids_argument(ids, out.shape(0)), antithetic, out.shape(1)};
+            ids_argument(ids, out.shape(0)),
+            antithetic,
+            out.shape(1),
+            integer_argument(first, "first", 0, max_dimension - out.shape(1))};
 }
 
 unsigned threads_argument(py::handle threads) {
@@ -75,9 +78,9 @@ void run_normals(const Directions& directions, py::array& out, py::handle scale,
 
 py::tuple normals_binding(py::handle out_value, py::handle seed, py::handle stream, py::handle ids,
                           bool antithetic, py::handle scale, py::handle project,
-                          py::handle threads_value) {
+                          py::handle threads_value, py::handle first) {
     py::array out = out_argument(out_value);
-    const Directions directions = directions_argument(out, seed, stream, ids, antithetic);
+    const Directions directions = directions_argument(out, seed, stream, ids, antithetic, first);
     const unsigned threads = threads_argument(threads_value);
     py::array_t<double> norm(out.shape(0));
     py::array_t<double> dot(out.shape(0));
@@ -100,9 +103,9 @@ void run_perturb(const Directions& directions, py::array& out, py::handle theta0
 
 void perturb_binding(py::handle out_value, py::handle theta0, py::handle coefficient,
                      py::handle seed, py::handle stream, py::handle ids, bool antithetic,
-                     py::handle scale, py::handle threads_value) {
+                     py::handle scale, py::handle threads_value, py::handle first) {
     py::array out = out_argument(out_value);
-    const Directions directions = directions_argument(out, seed, stream, ids, antithetic);
+    const Directions directions = directions_argument(out, seed, stream, ids, antithetic, first);
     const unsigned threads = threads_argument(threads_value);
     const auto coefficients = input_span<double>(coefficient, "coefficient", {out.shape(0)}, "[k]");
     const auto run = holds<float>(out) ? run_perturb<float> : run_perturb<double>;
@@ -125,6 +128,7 @@ n_blocks is at most 2**32.)");
     m.def("normals", &normals_binding, py::arg("out"), py::arg("seed"), py::arg("stream"),
           py::arg("ids"), py::kw_only(), py::arg("antithetic") = false,
           py::arg("scale") = py::none(), py::arg("project") = py::none(), py::arg("threads") = 1,
+          py::arg("first") = 0,
           R"(Writes scale * z of each direction into out.
 
 Word j of a coordinate block gives u_j = ((word >> 9) + 1/2) * 2**-23; coordinates 4b and 4b + 1 are
@@ -139,6 +143,8 @@ Args:
     scale: [d] in the dtype of out, or None for ones.
     project: float64 [d], or None.
     threads: at least 1; the result does not depend on it. The interpreter's lock is released.
+    first: the coordinate that column 0 is: columns first ... first + d - 1 of the whole vector,
+        with its bits; first + d is at most 2**34.
 
 Returns: norm, float64 [k]: the length of z as rounded to the dtype of out, before the scale; dot,
 float64 [k]: <z, project>, zeros without project.
@@ -146,6 +152,7 @@ Raises: TypeError, ValueError naming the argument.)");
     m.def("perturb", &perturb_binding, py::arg("out"), py::arg("theta0"), py::arg("coefficient"),
           py::arg("seed"), py::arg("stream"), py::arg("ids"), py::kw_only(),
           py::arg("antithetic") = false, py::arg("scale") = py::none(), py::arg("threads") = 1,
+          py::arg("first") = 0,
           R"(Writes theta0 + (coefficient * scale) * z of each direction into out.
 
 The noise of normals() with the same arguments, never stored.
@@ -154,7 +161,7 @@ Args:
     out: float32 or float64 [k, d], C-contiguous, overwritten.
     theta0: [d] in the dtype of out.
     coefficient: float64 [k], rounded to the dtype of out.
-    seed, stream, ids, antithetic, scale, threads: as for normals().
+    seed, stream, ids, antithetic, scale, threads, first: as for normals().
 
 Raises: TypeError, ValueError naming the argument.)");
 }

@@ -99,7 +99,20 @@ USABLE: dict[str, Callable[[Any], bool]] = {
 }
 
 
-KNOWN = {"auto", "radial", "general", "cpp", "torch", "full", "raise", "euclidean", "filter", "cpu"}
+KNOWN = {
+    "auto",
+    "radial",
+    "general",
+    "layered",
+    "inplace",
+    "cpp",
+    "torch",
+    "full",
+    "raise",
+    "euclidean",
+    "filter",
+    "cpu",
+}
 
 
 def usable(name: str, value: Any) -> bool:
@@ -139,7 +152,6 @@ def test_unknown_strings(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("engine", "inplace"),
         ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
         ("checkpoint", Path("run.ckpt")),
@@ -296,7 +308,6 @@ def holding(value: float) -> nn.Module:
         (lambda: nn.Linear(2, 2).requires_grad_(False), "model"),
         (lambda: nn.Linear(0, 0), "model"),
         (lambda: nn.LazyLinear(3), "model"),
-        (lambda: torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
         (lambda: nn.Linear(2, 2, device="meta"), "weight"),
         (complex_parameter, "weight"),
         (lambda: holding(NAN), "weight"),
@@ -306,7 +317,6 @@ def holding(value: float) -> nn.Module:
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_models(make: Callable[[], Any], name: str) -> None:
     caught = refused(name, estimate, make())
     assert "model" in str(caught.value)
@@ -513,7 +523,7 @@ def test_caps(max_radius: Any) -> None:
         {"chunk": "4"},
         {"chunk": 1.0},
         {"block": None},
-        {"engine": "inplace"},
+        {"engine": "triton"},
         {"rows": -1},
         {"cached": 1},
         {"backend": "triton"},

@@ -158,6 +158,56 @@ def test_rows_do_not_depend_on_their_company():
     assert norm[1] == norm_alone[0]
 
 
+@DTYPES
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 255, 256, 1_022, 65_537])
+@pytest.mark.parametrize("d", [1, 2, 5, 255, 256, 257, 1_003, 20_001])
+def test_spans_have_the_bits_of_the_whole(dtype, first, d):
+    """Also under antithetic pairs, scales, projections and perturbations."""
+    ids = np.array([4, 5, 9])
+    total = first + d + 3
+    rng = np.random.default_rng(1)
+    scale, theta0 = rng.uniform(0.5, 2.0, (2, total)).astype(dtype)
+    project, coefficient = rng.normal(size=total), np.array([1.0, -0.3, 1e3])
+    part = slice(first, first + d)
+    whole, span = np.empty((3, total), dtype), np.empty((3, d), dtype)
+    for used in (None, scale):
+        options = {"antithetic": True, "scale": used}
+        own = {"antithetic": True, "scale": None if used is None else used[part], "first": first}
+        _core.normals(whole, 1, 2, ids, **options)
+        norm, dot = _core.normals(span, 1, 2, ids, **own, project=project[part])
+        np.testing.assert_array_equal(span, whole[:, part])
+        z = (span if used is None else span / used[part]).astype(np.float64)
+        tolerance = 1e-14 if used is None else 4 * np.finfo(dtype).eps
+        np.testing.assert_allclose(norm, np.linalg.norm(z, axis=1), rtol=tolerance)
+        np.testing.assert_allclose(dot, z @ project[part], rtol=0, atol=tolerance * 10 * d)
+        _core.perturb(whole, theta0, coefficient, 1, 2, ids, **options)
+        _core.perturb(span, theta0[part], coefficient, 1, 2, ids, **own)
+        np.testing.assert_array_equal(span, whole[:, part])
+
+
+@DTYPES
+def test_threads_change_nothing_in_a_span(dtype):
+    results = []
+    for threads in (1, 2, 5):
+        out = np.empty((3, 400_007), dtype)
+        ids = np.array([0, 1, 4])
+        sums = _core.normals(out, 1, 0, ids, antithetic=True, threads=threads, first=4_321)
+        results.append((out, *sums))
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_the_last_coordinates_can_be_made():
+    out = np.empty((1, 5))
+    _core.normals(out, 7, 0, np.array([2]), first=2**34 - 5)
+    words = _core.philox(7, 0, 2, 2**32 - 2, 2)
+    u = ((words >> 9).astype(np.float64) + 0.5) * 2.0**-23
+    radius, angle = np.sqrt(-2.0 * np.log(u[:, ::2])), 2.0 * np.pi * u[:, 1::2]
+    z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1)
+    np.testing.assert_allclose(out[0], z[3:], rtol=0, atol=1e-14)
+
+
 def test_moments():
     z, _, _ = normals(np.dtype(np.float64), 1_000_000, [0])
     n = z.size
@@ -232,6 +282,8 @@ def call_normals(**changes):
         ({"scale": np.ones(2, np.float32)}, ValueError, r"scale must have the shape \[d\]"),
         ({"project": np.ones(3, np.float32)}, TypeError, "project must have dtype float64"),
         ({"threads": 0}, ValueError, "threads must lie in"),
+        ({"first": -1}, ValueError, "first must lie in"),
+        ({"first": 2**34 - 2}, ValueError, "first must lie in"),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, message):

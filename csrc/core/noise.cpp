@@ -74,20 +74,46 @@ void for_chunks(const std::vector<Unit>& units, std::int64_t dimension, unsigned
                });
 }
 
-// Fills z with the n coordinates from begin on; its entries from n on are zero.
-template <typename Real>
-void fill_part(const VectorKey& key, std::int64_t begin, int n, std::array<Real, tile_size>& z) {
-    constexpr int step = 4 * kernels::block_step;
-    const int blocks = (n + step - 1) / step * kernels::block_step;
-    kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), blocks, z.data());
-    std::fill(z.begin() + n, z.end(), Real{0});
+// Coordinates by blocks of four: a span that begins within a block is worked on from the block's
+// start, as if it had so many columns more.
+int lead_of(const Directions& directions) {
+    return static_cast<int>(directions.first % 4);
 }
 
-// Calls body(begin, n) for each tile of a chunk.
+// Entries skip ... n - 1 of a tile stand at column begin + skip of a row with `lead` columns more.
+struct Tile {
+    std::int64_t begin;
+    int n;
+    int skip;
+    int lead;
+
+    Tile(std::int64_t begin, int n, int lead)
+        : begin(begin), n(n), skip(begin == 0 ? lead : 0), lead(lead) {}
+    int size() const { return n - skip; }
+    std::int64_t column() const { return begin + skip - lead; }
+};
+
+std::uint32_t block_of(const Directions& directions, const Tile& tile) {
+    return static_cast<std::uint32_t>((directions.first - tile.lead + tile.begin) / 4);
+}
+
+// Fills z with the coordinates of a tile; its other entries are zero.
+template <typename Real>
+void fill_part(const VectorKey& key, std::uint32_t first_block, const Tile& tile,
+               std::array<Real, tile_size>& z) {
+    constexpr int step = 4 * kernels::block_step;
+    const int blocks = (tile.n + step - 1) / step * kernels::block_step;
+    kernels::fill_tile(key, first_block, blocks, z.data());
+    std::fill(z.begin(), z.begin() + tile.skip, Real{0});
+    std::fill(z.begin() + tile.n, z.end(), Real{0});
+}
+
+// Calls body(tile) for each tile of a chunk.
 template <typename Body>
-void for_tiles(const Chunk& chunk, Body&& body) {
+void for_tiles(const Chunk& chunk, int lead, Body&& body) {
     for (std::int64_t begin = chunk.begin; begin < chunk.end; begin += tile_size) {
-        body(begin, static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin)));
+        body(Tile(begin, static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin)),
+                  lead));
     }
 }
 
@@ -101,13 +127,14 @@ double total(const Sums& sums) {
     return folded[0];
 }
 
-void add_products_of_part(const auto* z, const double* weight, int n, Sums& sums) {
-    if (n == tile_size) {
+// weight[size] belongs to the entries of the tile that count.
+void add_products_of_part(const auto* z, const double* weight, const Tile& tile, Sums& sums) {
+    if (tile.size() == tile_size) {
         kernels::add_products(z, weight, sums.data());
         return;
     }
     std::array<double, tile_size> padded{};
-    std::copy(weight, weight + n, padded.begin());
+    std::copy(weight, weight + tile.size(), padded.begin() + tile.skip);
     kernels::add_products(z, padded.data(), sums.data());
 }
 
@@ -118,40 +145,48 @@ void normals(const Directions& directions, std::span<const Real> scale,
              std::span<const double> project, unsigned threads, std::span<Real> out,
              std::span<double> norm, std::span<double> dot) {
     const std::int64_t d = directions.dimension;
+    const int lead = lead_of(directions);
     const std::vector<Unit> units = units_of(directions);
-    const std::size_t per_row = chunks_per_row(d);
+    const std::size_t per_row = chunks_per_row(d + lead);
     std::vector<double> squares(units.size() * per_row);
     std::vector<double> products(project.empty() ? 0 : units.size() * per_row);
-    for_chunks(units, d, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t index) {
-        const double sign = sign_of(directions, unit.row);
-        Real* row = out.data() + static_cast<std::int64_t>(unit.row) * d;
-        const auto factor = static_cast<Real>(sign);
-        const VectorKey key = vector_of(directions, unit.row);
-        const bool plain = scale.empty() && sign > 0.0;
-        alignas(64) std::array<Real, tile_size> tile;
-        Sums square_sums{};
-        Sums product_sums{};
-        for_tiles(chunk, [&](std::int64_t begin, int n) {
-            const Real* z = tile.data();
-            if (plain && n == tile_size) {
-                // Nothing is to be done to z: it is made where it belongs.
-                z = row + begin;
-                kernels::fill_tile(key, static_cast<std::uint32_t>(begin / 4), kernels::tile_blocks,
-                                   row + begin);
-            } else {
-                fill_part(key, begin, n, tile);
-            }
-            kernels::add_squares(z, square_sums.data());
-            if (!project.empty()) {
-                add_products_of_part(z, project.data() + begin, n, product_sums);
-            }
-            const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
-            if (z == tile.data()) kernels::write_scaled(z, factor, tile_scale, n, row + begin);
-            if (unit.pair) kernels::write_scaled(z, -factor, tile_scale, n, row + d + begin);
+    for_chunks(
+        units, d + lead, threads, [&](const Unit& unit, const Chunk& chunk, std::size_t index) {
+            const double sign = sign_of(directions, unit.row);
+            Real* row = out.data() + static_cast<std::int64_t>(unit.row) * d;
+            const auto factor = static_cast<Real>(sign);
+            const VectorKey key = vector_of(directions, unit.row);
+            const bool plain = scale.empty() && sign > 0.0;
+            alignas(64) std::array<Real, tile_size> buffer;
+            Sums square_sums{};
+            Sums product_sums{};
+            for_tiles(chunk, lead, [&](const Tile& tile) {
+                const std::uint32_t block = block_of(directions, tile);
+                const std::int64_t column = tile.column();
+                const Real* z = buffer.data();
+                if (plain && tile.size() == tile_size) {
+                    // Nothing is to be done to z: it is made where it belongs.
+                    z = row + column;
+                    kernels::fill_tile(key, block, kernels::tile_blocks, row + column);
+                } else {
+                    fill_part(key, block, tile, buffer);
+                }
+                kernels::add_squares(z, square_sums.data());
+                if (!project.empty()) {
+                    add_products_of_part(z, project.data() + column, tile, product_sums);
+                }
+                const Real* tile_scale = scale.empty() ? nullptr : scale.data() + column;
+                const int n = tile.size();
+                if (z == buffer.data()) {
+                    kernels::write_scaled(z + tile.skip, factor, tile_scale, n, row + column);
+                }
+                if (unit.pair) {
+                    kernels::write_scaled(z + tile.skip, -factor, tile_scale, n, row + d + column);
+                }
+            });
+            squares[index] = total(square_sums);
+            if (!project.empty()) products[index] = sign * total(product_sums);
         });
-        squares[index] = total(square_sums);
-        if (!project.empty()) products[index] = sign * total(product_sums);
-    });
     for (std::size_t u = 0; u < units.size(); ++u) {
         double square = 0.0;
         double product = 0.0;
@@ -174,20 +209,23 @@ void perturb(const Directions& directions, std::span<const Real> theta0,
              std::span<const double> coefficient, std::span<const Real> scale, unsigned threads,
              std::span<Real> out) {
     const std::int64_t d = directions.dimension;
-    for_chunks(units_of(directions), d, threads,
+    const int lead = lead_of(directions);
+    for_chunks(units_of(directions), d + lead, threads,
                [&](const Unit& unit, const Chunk& chunk, std::size_t) {
                    const VectorKey key = vector_of(directions, unit.row);
                    alignas(64) std::array<Real, tile_size> z;
-                   for_tiles(chunk, [&](std::int64_t begin, int n) {
-                       fill_part(key, begin, n, z);
-                       const Real* tile_scale = scale.empty() ? nullptr : scale.data() + begin;
+                   for_tiles(chunk, lead, [&](const Tile& tile) {
+                       fill_part(key, block_of(directions, tile), tile, z);
+                       const std::int64_t column = tile.column();
+                       const Real* tile_scale = scale.empty() ? nullptr : scale.data() + column;
                        const std::size_t rows = unit.pair ? 2 : 1;
                        for (std::size_t row = unit.row; row < unit.row + rows; ++row) {
                            const auto factor =
                                static_cast<Real>(sign_of(directions, row) * coefficient[row]);
                            kernels::write_perturbed(
-                               z.data(), factor, tile_scale, theta0.data() + begin, n,
-                               out.data() + static_cast<std::int64_t>(row) * d + begin);
+                               z.data() + tile.skip, factor, tile_scale, theta0.data() + column,
+                               tile.size(),
+                               out.data() + static_cast<std::int64_t>(row) * d + column);
                        }
                    });
                });

@@ -20,11 +20,15 @@ struct Directions {
     std::span<const std::uint64_t> ids;  // [k]
     bool antithetic;                     // ids 2i and 2i + 1 are plus and minus vector i
     std::int64_t dimension;              // d
+    std::int64_t first = 0;              // the coordinate that the first column is
 };
 
+// Columns are coordinates first ... first + d - 1: any span of a vector, made with the bits of the
+// whole.
+//
 // out[k, d] = scale * z. norm[k] = ||z||, dot[k] = <z, project>, both of the z that was rounded to
-// Real, summed in float64 in an order that depends on d alone. Empty scale: ones; empty project:
-// dot is zero.
+// Real, summed in float64 in an order that depends on d and first alone. Empty scale: ones; empty
+// project: dot is zero.
 template <typename Real>
 void normals(const Directions& directions, std::span<const Real> scale,
              std::span<const double> project, unsigned threads, std::span<Real> out,

@@ -122,10 +122,18 @@ def _cpp_backend(core: Any) -> Backend:
         scale: Tensor | None = None,
         project: Tensor | None = None,
         threads: int = 1,
+        first: int = 0,
     ) -> tuple[Float, Float]:
         if not on_cpu(out):
             return reference.normals(
-                out, seed, stream, ids, antithetic=antithetic, scale=scale, project=project
+                out,
+                seed,
+                stream,
+                ids,
+                antithetic=antithetic,
+                scale=scale,
+                project=project,
+                first=first,
             )
         norm, dot = core.normals(
             out.numpy(),
@@ -136,6 +144,7 @@ def _cpp_backend(core: Any) -> Backend:
             scale=None if scale is None else scale.numpy(),
             project=None if project is None else project.numpy(),
             threads=threads,
+            first=first,
         )
         return norm, dot
 
@@ -150,10 +159,19 @@ def _cpp_backend(core: Any) -> Backend:
         antithetic: bool = False,
         scale: Tensor | None = None,
         threads: int = 1,
+        first: int = 0,
     ) -> None:
         if not on_cpu(out):
             reference.perturb(
-                out, theta0, coefficient, seed, stream, ids, antithetic=antithetic, scale=scale
+                out,
+                theta0,
+                coefficient,
+                seed,
+                stream,
+                ids,
+                antithetic=antithetic,
+                scale=scale,
+                first=first,
             )
             return
         core.perturb(
@@ -166,6 +184,7 @@ def _cpp_backend(core: Any) -> Backend:
             antithetic=antithetic,
             scale=None if scale is None else scale.numpy(),
             threads=threads,
+            first=first,
         )
 
     def ray_losses(

@@ -32,6 +32,7 @@ def normals(
     scale: _Real | None = None,
     project: _Float64 | None = None,
     threads: int = 1,
+    first: int = 0,
 ) -> tuple[_Float64, _Float64]: ...
 def perturb(
     out: _Real,
@@ -44,6 +45,7 @@ def perturb(
     antithetic: bool = False,
     scale: _Real | None = None,
     threads: int = 1,
+    first: int = 0,
 ) -> None: ...
 def ray_losses(
     outputs: _Real,

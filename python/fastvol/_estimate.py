@@ -14,13 +14,15 @@ from torch import nn
 
 from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
-from ._layout import ParameterLayout, ParameterSelector, digest
+from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
 from ._running import Threads, quiet_vmap, read_plan
+from ._scale import Scale
+from ._sharding import reshard
 from ._state import preserved, unwrap
 from ._version import __version__
-from .engines import Plan, choose_plan
+from .engines import Plan, choose_plan, plan_in_place, reason_to_write
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
@@ -107,16 +109,21 @@ def estimate(  # type: ignore[misc]
     Args:
         model: the trained module. It is evaluated in ``eval()`` mode; its parameters, buffers, mode
             and gradients, and the global random state, are as they were afterwards, also after an
-            exception. ``torch.compile`` and DDP wrappers are looked through.
+            exception. ``torch.compile`` and DDP wrappers are looked through. One that FSDP2 shards
+            is measured by the same call in all its processes; each may have its own part of
+            ``data``.
         loss_fn: ``loss_fn(model) -> scalar`` without ``data``; with it
             ``loss_fn(output, target) -> scalar``, the mean over the batch.
         n: number of directions, a whole number (``1e6`` is one). For ``"annealed"`` and
             ``"splitting"`` the budget is what n plain directions would cost, a gradient counting as
             three losses.
         data: ``(inputs, targets)``, or an iterable of such batches that can be read again and
-            again in the same order. ``inputs`` may be a tensor, a tuple of arguments, or a dict of
-            keyword arguments. Batches are weighted by examples, or by tokens where PyTorch's own
-            classification losses ignore some, and moved to the model's device.
+            again in the same order, which is checked. ``inputs`` may be a tensor, a tuple of
+            arguments, or a dict of keyword arguments. A batch may also be a dict alone, as Hugging
+            Face's models take it: then ``loss_fn(output, batch)`` gets the dict, and
+            ``fastvol.losses.model_loss`` is the loss that the model returns. Batches are weighted
+            by examples, or by tokens where PyTorch's own classification losses or the model's
+            ignore some, and moved to the model's device.
         threshold: τ, the same units as the loss; a sequence gives one result each, from the same
             directions.
         increase: τ − L(θ*), where ``threshold`` is not given; or a sequence.
@@ -147,8 +154,11 @@ def estimate(  # type: ignore[misc]
         first_crossing: scan every ray for a crossing before the one found, instead of the rays that
             carry the weight and a few at random.
         engine: ``"layered"`` evaluates a traced model with a ray axis, and makes what is linear in
-            the parameters once a direction; ``"general"`` runs any module. ``"auto"`` measures both
-            where the model can be traced; ``provenance["engine_reason"]`` says why it chose.
+            the parameters once a direction; ``"general"`` runs any module; ``"inplace"`` writes
+            rays into the model's own parameters, one at a time, and restores them: for models too
+            large to batch, and sharded ones. ``"auto"`` measures the first two where the model can
+            be traced, and takes the third where copies are too large, or cannot be had;
+            ``provenance["engine_reason"]`` says why it chose.
         backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
         device: must be the model's own, if given.
         lanes: rays in flight; measured by default.
@@ -206,22 +216,41 @@ def estimate(  # type: ignore[misc]
         )
 
     inner = unwrap(model)
+    # FSDP2 registers what it has gathered in place of the shards.
+    reshard(inner)
     layout = ParameterLayout(inner, parameters)
     if layout.size > 2**34:
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
     _check_device(device, layout.device)
-    theta = layout.flatten()
-    scale, metric_name = metric_scale(metric, layout, theta, used=isinstance(measure, Lebesgue))
-    ray_scale = layout.expand(measure.std, "std") if isinstance(measure, Gaussian) else scale
+    scale, metric_name = metric_scale(metric, layout, used=isinstance(measure, Lebesgue))
+    ray_scale = Scale.given(layout, measure.std, "std") if isinstance(measure, Gaussian) else scale
     given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
-    start = typical_radius(theta, ray_scale)
+    start = typical_radius(ray_scale)
+    writing = reason_to_write(engine if given_plan is None else given_plan.engine, layout, inner)
+    if layout.is_sharded and method not in ("auto", "radial"):
+        raise NotAvailableError(
+            f"method={method!r} keeps directions, which no process has whole of a sharded module; "
+            "use method='radial'"
+        )
 
-    with preserved(inner), Threads(given_plan), quiet_vmap():
-        objective = Objective(inner, loss_fn, data, layout.device)
-        loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
+    with preserved(inner, layout), Threads(given_plan), quiet_vmap():
+        objective = Objective(inner, loss_fn, data, layout.device, layout.group)
+        if writing:
+            layout.keep()
+        loss0 = objective.prepare(None if writing else layout.unflatten(layout.flatten(), PREFIX))
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None
-        if given_plan is None:
+        if given_plan is None and writing is not None:
+            given_plan = plan_in_place(
+                objective,
+                layout,
+                chosen_backend,
+                lanes=lane_count,
+                block=_BLOCK,
+                rays=count,
+                reason=writing,
+            )
+        elif given_plan is None:
             given_plan, trouble = choose_plan(
                 engine,
                 objective,
@@ -238,7 +267,7 @@ def estimate(  # type: ignore[misc]
             torch.set_num_threads(given_plan.threads)
         config = {
             "layout": layout.describe(),
-            "point_sha256": digest(theta, scale),
+            "point_sha256": scale.digest(),
             "metric": metric_name,
             "measure": measure.describe(),
             "loss0": loss0,

@@ -7,13 +7,18 @@ import hashlib
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._sharding import Group, Local, group_of, local_part
 from .errors import FastvolError
+
+# Entries looked at together where a whole parameter would take too much memory.
+_AT_ONCE = 1 << 20
 
 ParameterSelector = Iterable[str] | str | Callable[[str, nn.Parameter], bool] | None
 
@@ -32,7 +37,8 @@ class Segment:
 class ParameterLayout:
     """The flat layout of the parameters that move, in ``model.named_parameters()`` order.
 
-    A tied parameter appears once, under its first name. Frozen parameters are left out.
+    A tied parameter appears once, under its first name. Frozen parameters are left out. Of a
+    sharded module the layout is that of the whole.
 
     Args:
         model: the module.
@@ -53,7 +59,7 @@ class ParameterLayout:
         segments = []
         offset = 0
         for name, parameter in chosen.items():
-            _check_parameter(name, parameter)
+            _check_kind(name, parameter)
             stop = offset + parameter.numel()
             segments.append(Segment(name, parameter.shape, parameter.dtype, offset, stop))
             offset = stop
@@ -74,9 +80,56 @@ class ParameterLayout:
         double = any(segment.dtype == torch.float64 for segment in segments)
         self.dtype: torch.dtype = torch.float64 if double else torch.float32
         self._parameters = chosen
+        self._kept: list[Tensor] | None = None
+        self.group: Group = group_of(chosen.items(), self.device)
+        for segment, part in zip(self.segments, self.local, strict=True):
+            # All processes are to stop together.
+            if self.group.any(not _is_finite(part.values)):
+                raise ValueError(
+                    f"model parameter {segment.name!r} contains values that are not finite"
+                )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's own, one for each segment."""
+        return list(self._parameters.values())
+
+    @cached_property
+    def local(self) -> list[Local]:
+        """What this process holds of each segment; all of it, but for sharded modules."""
+        return [local_part(name, p, self.group) for name, p in self._parameters.items()]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the module."""
+        return not self.group.alone
+
+    def keep(self) -> list[Tensor]:
+        """Copies of what is here of each parameter, made at the first call, for :meth:`restore`."""
+        if self._kept is None:
+            self._kept = [
+                part.values.clone(memory_format=torch.contiguous_format) for part in self.local
+            ]
+        return self._kept
+
+    def restore(self) -> None:
+        """Puts back what was kept, bit for bit; without :meth:`keep` there is nothing to do."""
+        if self._kept is not None:
+            with torch.no_grad():
+                for part, kept in zip(self.local, self._kept, strict=True):
+                    part.values.copy_(kept)
 
     def flatten(self) -> Tensor:
-        """The parameters as they stand: a new ``[size]`` tensor in the working dtype."""
+        """The parameters as they stand: a new ``[size]`` tensor in the working dtype.
+
+        Raises:
+            FastvolError: the module is sharded.
+        """
+        if self.is_sharded:
+            raise FastvolError(
+                "the parameters are sharded over processes and are not brought together; of a "
+                "sharded module only method='radial' (or 'auto') is available"
+            )
         with torch.no_grad():
             return torch.cat(
                 [p.detach().reshape(-1).to(self.dtype) for p in self._parameters.values()]
@@ -230,7 +283,7 @@ def _as_float(value: Any) -> float:
         return float("inf")
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+def _check_kind(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"model parameter {name!r} is uninitialised; run one forward pass first")
     if not parameter.is_floating_point():
@@ -242,5 +295,9 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise TypeError(f"model parameter {name!r} is {parameter.layout}, not a dense tensor")
     if parameter.is_meta:
         raise ValueError(f"model parameter {name!r} is on the meta device and holds no values")
-    if not bool(torch.isfinite(parameter.detach()).all()):
-        raise ValueError(f"model parameter {name!r} contains values that are not finite")
+
+
+def _is_finite(values: Tensor) -> bool:
+    # In parts: the temporaries of a large parameter would be as large as itself.
+    parts = torch.split(values.reshape(-1), _AT_ONCE) if values.is_contiguous() else [values]
+    return all(bool(torch.isfinite(part).all()) for part in parts)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
+import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler
 
+from ._sharding import Group
+from ._sums import Running
+from ._weights import is_nonnegative, mean_weight, takes_classes
 from .errors import FastvolError
 
 
@@ -24,7 +27,8 @@ class Batch:
     """What one call of the loss sees, on the model's device.
 
     ``args`` and ``kwargs`` go to the model (both empty for a ``loss_fn(model)``), ``target`` to the
-    loss; ``weight`` is the batch's share in the mean: examples, or tokens where some are ignored.
+    loss: for a batch that is a dict, the dict. ``weight`` is the batch's share in the mean:
+    examples, or tokens where some are ignored.
     """
 
     args: tuple[Any, ...]
@@ -52,6 +56,8 @@ class _LossModule(nn.Module):
 
 
 PREFIX = "model."
+# A loss that cannot be negative may be so in its last digits.
+_ROUNDING = 1e-6
 _ACTIVATIONS_PER_INPUT = 4
 
 
@@ -61,8 +67,10 @@ class Objective:
     Args:
         model: the (unwrapped) module.
         loss_fn: ``loss_fn(model)`` or, with data, ``loss_fn(output, target)``.
-        data: ``None``, ``(inputs, targets)``, or an iterable of such batches.
+        data: ``None``, ``(inputs, targets)`` or a dict, or an iterable of such batches.
         device: where the model stands; batches are moved there.
+        group: the processes that hold the model; each has its own data, and the loss is the mean
+            over all of them.
 
     Raises:
         TypeError, ValueError: naming ``loss_fn`` or ``data``.
@@ -74,6 +82,7 @@ class Objective:
         loss_fn: Callable[..., Any],
         data: Any,
         device: torch.device,
+        group: Group | None = None,
     ) -> None:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
@@ -85,11 +94,21 @@ class Objective:
         self._batches: list[Batch] | None = None
         self._reference_targets: list[Any] | None = None
         self._largest_batch = 0
+        self._group = group or Group()
+        # Of a stream: a digest of each batch, as it was when it was first read.
+        self._prints: list[Any] | None = None
+        self._weight: float | None = None
+        self._is_in_step = False
+        self._is_nonnegative = is_nonnegative(loss_fn, model)
         # What an engine has written down of the loss, by whatever that depends on.
         self.graphs: dict[Any, dict[Any, Any]] = {}
         self.epsilon = torch.finfo(torch.float32).eps
+        # L(θ*), from prepare() on.
+        self.loss0 = math.nan
         if data is None:
             self._batches = [Batch((), {}, None, 1.0)]
+        elif isinstance(data, Mapping) and _holds_tensors(data):
+            self._batches = [self._dict_batch(data, 0)]
         elif _is_one_batch(data):
             self._batches = [self._batch(data, 0)]
         elif isinstance(data, (list, tuple)):
@@ -105,7 +124,8 @@ class Objective:
             self._stream = data
         else:
             raise TypeError(
-                "data must be (inputs, targets) or an iterable of such batches, got "
+                "data must be (inputs, targets), a dict of tensors, or an iterable of such "
+                "batches, got "
                 f"{type(data).__name__}"
             )
         self._refuse_unordered(data)
@@ -130,16 +150,53 @@ class Objective:
         return sum(_examples(b.args or b.kwargs) for b in self._batches or ())
 
     def batches(self) -> Iterator[Batch]:
-        """The batches in order, without those in which no example counts."""
+        """The batches in order, without those in which no example counts.
+
+        Raises:
+            ValueError: a stream gave other batches, or another order, than when it was first read.
+        """
         if self._batches is not None:
-            yield from (batch for batch in self._batches if batch.weight)
-            return
+            # Processes that hold their data have as many batches each as at the first look.
+            own = (batch for batch in self._batches if batch.weight)
+            yield from own if self._is_in_step else self._group.in_step(own)
+            self._is_in_step = True
+        else:
+            yield from self._group.in_step(self._read_again())
+
+    def _read_again(self) -> Iterator[Batch]:
         assert self._stream is not None
+        prints, seen = self._prints, 0
         for index, item in enumerate(self._stream):
             batch = self._batch(item, index)
+            if prints is not None and prints[index : index + 1] != [_digest(batch)]:
+                raise ValueError(_CHANGED.format(f"batch {index} is not what it was"))
+            seen = index + 1
             # The mean over no target at all is NaN.
             if batch.weight:
                 yield batch
+        if prints is not None and seen != len(prints):
+            raise ValueError(_CHANGED.format(f"{seen} batches came instead of {len(prints)}"))
+
+    @property
+    def weight(self) -> float:
+        """The sum of all batches' weights, in all processes."""
+        if self._weight is None:
+            self._weight = self._sum(sum(batch.weight for batch in self.batches()))
+        return self._weight
+
+    def _sum(self, value: float) -> float:
+        return float(self._group.sum(value)[0])
+
+    def running(self, count: int, limit: float = math.inf) -> Running:
+        """Sums of ``count`` rays' losses that stop at ``limit``, where losses cannot be negative.
+
+        Args:
+            count: rays.
+            limit: as in :meth:`fastvol.engines.protocol.Engine.loss`.
+        """
+        if not self._is_nonnegative:
+            limit = math.inf
+        return Running(count, self.weight, limit, self._group)
 
     def split(self, batch: Batch, rows: int) -> list[Batch]:
         """Batches of at most ``rows`` examples each that have the same weighted mean.
@@ -169,6 +226,7 @@ class Objective:
             self._part(batch, slice(0, length, step))
             for batch, length in zip(self._batches or (), whole, strict=True)
         ]
+        thinned._weight = None
         return thinned if any(batch.weight for batch in thinned._batches) else None
 
     def _part(self, batch: Batch, rows: slice) -> Batch:
@@ -177,48 +235,48 @@ class Objective:
         some = [leaf[rows] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs, target = pytree.tree_unflatten(some, spec)
         examples = len(range(rows.stop)[rows])
-        return Batch(args, kwargs, target, _mean_weight(self._loss_fn, target, examples))
+        return Batch(
+            args, kwargs, target, mean_weight(self._loss_fn, self.module.model, target, examples)
+        )
 
-    def call(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
+    def call(self, parameters: Mapping[str, Tensor] | None, batch: Batch) -> Any:
         """What the user's loss returns for one batch; its exceptions are named after it.
 
         Args:
-            parameters: values by name, :data:`PREFIX` included.
+            parameters: values by name, :data:`PREFIX` included; ``None`` for the model's own.
             batch: one of :meth:`batches`.
         """
+        inputs = (batch.args, batch.kwargs, batch.target)
         try:
-            return functional_call(
-                self.module, dict(parameters), (batch.args, batch.kwargs, batch.target)
-            )
+            if parameters is None:
+                return self.module(*inputs)
+            return functional_call(self.module, dict(parameters), inputs)
         except FastvolError:
             raise
         except Exception as error:
-            raise FastvolError(
-                f"loss_fn (or the model inside it) raised {type(error).__name__}: {error}"
-            ) from error
+            text = f"loss_fn (or the model inside it) raised {type(error).__name__}: {error}"
+            if batch.kwargs:
+                text += f"; data gave the model the keyword arguments {[*map(str, batch.kwargs)]}"
+            raise FastvolError(text) from error
 
-    def prepare(self, parameters: Mapping[str, Tensor]) -> float:
+    def prepare(self, parameters: Mapping[str, Tensor] | None) -> float:
         """Evaluates the loss at θ* twice and returns it.
 
         Args:
-            parameters: copies of the parameters at θ*, so that nothing can write to the model's.
+            parameters: copies of the parameters at θ*, so that nothing can write to the model's;
+                or ``None`` for the model's own.
 
         Raises:
             ValueError, TypeError: the loss is not a finite scalar, or the two calls differ.
         """
         if hasattr(self._loss_fn, "reference_target"):
             self._keep_reference_targets()
-        first, first_prints = self._inspect(parameters)
-        second, second_prints = self._inspect(parameters)
+        first = self._inspect(parameters)
+        second = self._inspect(parameters)
         if first != first:
             raise ValueError("loss_fn is NaN at the model's parameters; there is no minimum here")
         if first in (float("inf"), float("-inf")):
             raise ValueError(f"loss_fn is {first} at the model's parameters")
-        if first_prints != second_prints:
-            raise ValueError(
-                "data gave other batches, or another order, when it was read a second time; the "
-                "loss must be over fixed data: turn shuffling and random augmentation off"
-            )
         # Reductions on several threads may round differently; anything beyond that is noise.
         allowed = 16 * torch.finfo(torch.float32).eps * max(abs(first), abs(second))
         if abs(first - second) > allowed:
@@ -226,23 +284,42 @@ class Objective:
                 f"loss_fn gave {first!r} and then {second!r} for the same parameters; "
                 + self._suspect()
             )
+        self.loss0 = first
         return first
 
-    def _inspect(self, parameters: Mapping[str, Tensor]) -> tuple[float, list[Any]]:
-        prints = []
+    def _inspect(self, parameters: Mapping[str, Tensor] | None) -> float:
         total, weight = 0.0, 0.0
         with torch.no_grad():
-            for batch in self.batches():
+            for batch in self._watched():
                 value = self.call(parameters, batch)
-                self.epsilon = _epsilon(value, parameters)
-                total += batch.weight * as_float(value)
+                self.epsilon = _epsilon(value, parameters or dict(self.module.named_parameters()))
+                own = as_float(value)
+                # A loss that was taken for one that cannot be negative.
+                self._is_nonnegative = self._is_nonnegative and not own < -_ROUNDING
+                total += batch.weight * own
                 weight += batch.weight
                 self._largest_batch = max(self._largest_batch, _bytes((batch.args, batch.kwargs)))
-                if not self.in_memory:
-                    prints.append(_fingerprint((batch.args, batch.kwargs, batch.target)))
+        total, weight = (float(x) for x in self._group.sum([total, weight]))
+        self._is_nonnegative = not self._group.any(not self._is_nonnegative)
         if weight == 0:
             raise ValueError("data is empty: it holds no batch, or no example that counts")
-        return total / weight, prints
+        self._weight = weight
+        return total / weight
+
+    def _watched(self) -> Iterator[Batch]:
+        """The batches; of a stream that is read for the first time their digests are kept."""
+        if self._stream is None or self._prints is not None:
+            return self.batches()
+        return self._group.in_step(self._recorded(self._stream))
+
+    def _recorded(self, stream: Iterable[Any]) -> Iterator[Batch]:
+        prints: list[Any] = []
+        for index, item in enumerate(stream):
+            batch = self._batch(item, index)
+            prints.append(_digest(batch))
+            if batch.weight:
+                yield batch
+        self._prints = prints
 
     def _keep_reference_targets(self) -> None:
         make: Any = self._loss_fn.reference_target  # type: ignore[attr-defined]
@@ -260,10 +337,13 @@ class Objective:
             ]
 
     def _batch(self, item: Any, index: int) -> Batch:
+        if isinstance(item, Mapping) and _holds_tensors(item):
+            return self._dict_batch(item, index)
         # A dict or a tensor of length 2 would unpack too, into something else.
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(
-                f"data must hold (inputs, targets) pairs; batch {index} is {_describe(item)}"
+                "data must hold (inputs, targets) pairs, or dicts of what the model is called "
+                f"with; batch {index} is {_describe(item)}"
             )
         inputs, target = item
         inputs, target = self._to_device(inputs), self._to_device(target)
@@ -275,7 +355,7 @@ class Objective:
             raise ValueError(
                 f"data: batch {index} has {examples} inputs but {target.shape[0]} targets"
             )
-        weight = _mean_weight(self._loss_fn, target, examples)
+        weight = mean_weight(self._loss_fn, self.module.model, target, examples)
         if self._reference_targets is not None:
             if index >= len(self._reference_targets):
                 raise ValueError("data gave more batches than when it was first read")
@@ -285,6 +365,24 @@ class Objective:
         if isinstance(inputs, (tuple, list)):
             return Batch(tuple(inputs), {}, target, weight)
         return Batch((inputs,), {}, target, weight)
+
+    def _dict_batch(self, item: Mapping[str, Any], index: int) -> Batch:
+        """A batch that is a dict goes to the model as keyword arguments, and to the loss whole."""
+        if takes_classes(self._loss_fn):
+            raise TypeError(
+                f"data: batch {index} is a dict, so that loss_fn is called with the model's output "
+                "and that dict; take fastvol.losses.model_loss for the loss that the model itself "
+                "returns, a loss_fn(output, batch) of your own, or (inputs, targets) pairs"
+            )
+        inputs = self._to_device(item)
+        examples = _examples(inputs)
+        if examples == 0:
+            raise ValueError(f"data: batch {index} is empty")
+        weight = mean_weight(self._loss_fn, self.module.model, inputs, examples)
+        target: Any = inputs
+        if self._reference_targets is not None:
+            target = self._reference_targets[index]
+        return Batch((), inputs, target, weight)
 
     def _to_device(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -354,7 +452,10 @@ def _is_one_batch(data: Any) -> bool:
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return False
     inputs, target = data
-    if isinstance(inputs, (Tensor, Mapping)):
+    if isinstance(inputs, Mapping):
+        # Two dicts with the same names are two batches.
+        return not isinstance(target, Mapping) or set(target) != set(inputs)
+    if isinstance(inputs, Tensor):
         return True
     return isinstance(inputs, (tuple, list)) and isinstance(target, (Tensor, type(None)))
 
@@ -401,28 +502,6 @@ def _epsilon(value: Any, parameters: Mapping[str, Tensor]) -> float:
     return torch.finfo(next(iter(parameters.values())).dtype).eps
 
 
-def _mean_weight(loss_fn: Any, target: Any, examples: int) -> float:
-    """What the mean that ``loss_fn`` takes over one batch divides by.
-
-    The examples; for PyTorch's classification losses, also inside ``functools.partial``, the
-    targets that are not ignored, times their class weights.
-    """
-    options: Mapping[str, Any] = {}
-    if isinstance(loss_fn, functools.partial):
-        loss_fn, options = loss_fn.func, loss_fn.keywords
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        options = {"ignore_index": loss_fn.ignore_index, "weight": loss_fn.weight}
-    elif loss_fn not in (F.cross_entropy, F.nll_loss):
-        return float(examples)
-    if not isinstance(target, Tensor) or target.is_floating_point():
-        return float(examples)
-    kept = target != options.get("ignore_index", -100)
-    class_weight = options.get("weight")
-    if class_weight is not None:
-        return float(class_weight.to(target.device)[target[kept]].sum())
-    return float(kept.sum())
-
-
 def _check_reduction(loss_fn: Any) -> None:
     reduction = getattr(loss_fn, "reduction", "mean")
     if isinstance(loss_fn, nn.Module) and reduction not in ("mean", "batchmean"):
@@ -431,22 +510,34 @@ def _check_reduction(loss_fn: Any) -> None:
         )
 
 
-def _fingerprint(value: Any) -> Any:
-    """Enough of a batch to notice that it, or its order, changed."""
+def _holds_tensors(value: Mapping[Any, Any]) -> bool:
+    return any(isinstance(entry, Tensor) for entry in value.values())
+
+
+_CHANGED = (
+    "data gave other batches, or another order, when it was read again ({}); the loss must be over "
+    "fixed data: turn shuffling and random augmentation off"
+)
+# Entries of a tensor that its digest looks at.
+_LOOKED_AT = 4096
+
+
+def _digest(value: Any) -> Any:
+    """Enough of a batch to notice that it, or its order, changed; it costs next to nothing."""
+    if isinstance(value, Batch):
+        return _digest((value.args, value.kwargs, value.target))
     if isinstance(value, Tensor):
-        if value.numel() == 0:
+        if value.layout != torch.strided or value.numel() == 0:
             return tuple(value.shape)
         flat = value.detach().reshape(-1)
-        if flat.is_complex():
-            flat = torch.view_as_real(flat).reshape(-1)
-        # NaN marks missing data; it has to equal itself.
-        finite = flat.to(torch.float64).nan_to_num(nan=1e5, posinf=1e6, neginf=-1e6)
-        ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-        return (tuple(value.shape), float(torch.dot(finite, ramp)))
+        # An odd step does not keep to one column of the usual widths.
+        step = max(1, flat.numel() // _LOOKED_AT) | 1
+        some = flat[::step].contiguous().view(torch.uint8).cpu().numpy()
+        return tuple(value.shape), zlib.crc32(some.tobytes())
     if isinstance(value, Mapping):
-        return tuple((key, _fingerprint(entry)) for key, entry in value.items())
+        return tuple((key, _digest(entry)) for key, entry in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(_fingerprint(entry) for entry in value)
+        return tuple(_digest(entry) for entry in value)
     return repr(value) if not inspect.isroutine(value) else None
 
 

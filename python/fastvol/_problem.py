@@ -17,8 +17,12 @@ from torch import Tensor
 from ._backend import Backend
 from ._layout import ParameterLayout
 from ._objective import Objective
-from .engines import GeneralEngine, Plan, open_engine
+from ._scale import Scale
+from .engines import Engine, Plan, open_engine
 from .measures import Gaussian, Lebesgue
+
+# A method that keeps directions keeps at least so many; up to this size together they are held.
+_FEW_DIRECTIONS, _DIRECTIONS_BYTES = 32, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,11 @@ class Progress:
     seconds: float
 
 
-def typical_radius(theta: Tensor, scale: Tensor) -> float:
-    """A radius to start from when nothing is known: a tenth of the parameters' own length.
-
-    Args:
-        theta: ``[size]``. scale: float64 ``[size]`` on the CPU, 0 where nothing moves.
-    """
-    moving = scale > 0
-    length = float((theta.to("cpu", torch.float64)[moving] / scale[moving]).norm())
+def typical_radius(scale: Scale) -> float:
+    """A radius to start from when nothing is known: a tenth of the parameters' own length."""
+    length = scale.length
     usable = length > 0 and math.isfinite(length)
-    return 0.1 * (length if usable else math.sqrt(int(moving.sum())))
+    return 0.1 * (length if usable else math.sqrt(scale.dim))
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Problem:
         objective: the loss over the data.
         layout: the moved parameters.
         measure: how space is weighted.
-        metric_scale: s of the metric, float64 ``[size]`` on the CPU; 0 where nothing moves.
+        metric_scale: s of the metric.
         ray_scale: the coordinates in which rays are isotropic: the metric's, or the normal law's
             own standard deviations.
         typical_radius: see :func:`typical_radius`.
@@ -87,8 +86,8 @@ class Problem:
     objective: Objective
     layout: ParameterLayout
     measure: Lebesgue | Gaussian
-    metric_scale: Tensor
-    ray_scale: Tensor
+    metric_scale: Scale
+    ray_scale: Scale
     typical_radius: float
     loss0: float
     thresholds: tuple[float, ...]
@@ -111,25 +110,42 @@ class Problem:
     @cached_property
     def dim(self) -> int:
         """d: coordinates that move."""
-        return int((self.ray_scale > 0).sum())
+        return self.ray_scale.dim
 
     @cached_property
     def offset(self) -> Tensor | None:
         """μ = (centre − θ*) / std for a normal law centred at the origin, else ``None``."""
-        if isinstance(self.measure, Gaussian) and self.measure.center == "origin":
-            return -self.layout.flatten().to("cpu", torch.float64) / self.ray_scale
-        return None
+        if not self.is_centred_elsewhere:
+            return None
+        return -self.layout.flatten().to("cpu", torch.float64) / self.ray_scale.flat
+
+    @property
+    def is_centred_elsewhere(self) -> bool:
+        """Whether the measure is a normal law around the origin."""
+        return isinstance(self.measure, Gaussian) and self.measure.center == "origin"
+
+    @property
+    def holds_directions(self) -> bool:
+        """Whether some directions can be held in memory, as most methods need."""
+        few = _FEW_DIRECTIONS * self.dim * torch.finfo(self.layout.dtype).bits // 8
+        return not self.layout.is_sharded and (
+            self.plan.engine != "inplace" or few <= _DIRECTIONS_BYTES
+        )
 
     @property
     def offset_squared(self) -> float:
         """‖μ‖², 0 without an offset."""
-        return 0.0 if self.offset is None else float(self.offset.square().sum())
+        if not self.is_centred_elsewhere:
+            return 0.0
+        if not self.holds_directions:
+            return self.ray_scale.length**2
+        assert self.offset is not None
+        return float(self.offset.square().sum())
 
     @cached_property
     def log_abs_scale(self) -> float:
         """Σ log s of the metric."""
-        scale = self.metric_scale[self.metric_scale > 0].to(self.layout.dtype)
-        return float(scale.to(torch.float64).log().sum())
+        return self.metric_scale.log_sum
 
     @property
     def log_constant(self) -> float:
@@ -138,9 +154,7 @@ class Problem:
             return -0.5 * self.offset_squared
         return self.backend.log_ball_volume(self.dim) + math.log(self.dim)
 
-    def engine(
-        self, lanes: int | None = None, *, objective: Objective | None = None
-    ) -> GeneralEngine:
+    def engine(self, lanes: int | None = None, *, objective: Objective | None = None) -> Engine:
         """A new engine over this problem's rays.
 
         Args:
@@ -156,7 +170,8 @@ class Problem:
             self.ray_scale,
             plan,
             self.backend,
-            self.offset,
+            None if plan.engine == "inplace" else self.offset,
+            toward_origin=self.is_centred_elsewhere,
             rowspace=self.noise == "rowspace",
         )
 

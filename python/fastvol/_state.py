@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._layout import ParameterLayout
+from ._sharding import is_sharded, reshard
 from .errors import FastvolError
 
 
@@ -18,7 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers.
 
     Raises:
-        TypeError: ``model`` is no module, or a TorchScript one, whose parameters are not Python's.
+        TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -28,25 +30,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, wrappers):
             model = model.module
-        elif isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is a TorchScript module, whose parameters cannot be replaced from outside; "
-                "pass the module that it was made from"
-            )
         else:
             return model
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, layout: ParameterLayout | None = None) -> Iterator[None]:
     """Evaluation mode inside; parameters, buffers, modes and random generators restored after.
 
-    The generators are not used by this package; a loss or a data loader may use them. Moved
-    parameters are never written to, and those that stay are not copied.
+    The generators are not used by this package; a loss or a data loader may use them. Of parameters
+    only those are copied that an engine writes to, which keeps them in ``layout``.
 
     Raises:
         FastvolError: the loss wrote in place to a parameter that does not move.
     """
+    reshard(model)
     versions = [(name, p, p._version) for name, p in model.named_parameters()]
     modules = [
         (module, module.training, dict(module._parameters), dict(module._buffers))
@@ -68,13 +66,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     "values are no longer those that came, and the result would mean nothing"
                 )
     finally:
+        reshard(model)
+        if layout is not None:
+            layout.restore()
         for module, training, own_parameters, own_buffers in modules:
             module.training = training
             # A forward pass may assign a buffer anew instead of writing to it.
             _reset(module._parameters, own_parameters)
             _reset(module._buffers, own_buffers)
         for parameter, data, grad, requires_grad in parameters:
-            if parameter.data_ptr() != data.data_ptr():
+            # The storage of a shard is not to be asked for, and nobody replaces it.
+            if not is_sharded(parameter) and parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
             if parameter.grad is not grad:
                 parameter.grad = grad
@@ -88,6 +90,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _reset(registry: dict[str, Any], before: dict[str, Any]) -> None:
+    if not isinstance(registry, dict):
+        # Of a module of TorchScript, whose parameters nobody can replace.
+        return
     if any(registry.get(name) is not value for name, value in before.items()) or len(
         registry
     ) != len(before):

@@ -360,6 +360,11 @@ def _chain(model: nn.Module) -> Iterator[_Step]:
 
 def _trace(model: nn.Module) -> tuple[nn.Module, list[fx.Node]]:
     """The operations of the forward, and the module that they name their modules from."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FastvolError(
+            "model is a TorchScript module, which torch.fx cannot read; pass the module that it "
+            "was made from"
+        )
     if model._forward_hooks or model._forward_pre_hooks:
         raise FastvolError(
             "model has forward hooks, which may change what passes through; remove them"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._layout import ParameterLayout, digest
+from ._layout import ParameterLayout
+from ._scale import SPAN, Scale
+from ._sharding import gathered, is_sharded
 from .errors import FastvolWarning
 
 
@@ -34,13 +36,22 @@ class FilterMetric:
 
     def scale(self, layout: ParameterLayout, theta: Tensor) -> Tensor:
         """float64 ``[size]``, on the CPU; 0 marks a coordinate that does not move."""
-        scale = torch.ones(layout.size, dtype=torch.float64, device="cpu")
+        values = [theta[s.start : s.stop].view(s.shape) for s in layout.segments]
+        return self._scale(layout, values).flat
+
+    def scale_of(self, layout: ParameterLayout) -> Scale:
+        """The scale at the parameters as they stand, one number a row."""
+        return self._scale(layout, [part.values for part in layout.local])
+
+    def _scale(self, layout: ParameterLayout, values: Sequence[Tensor]) -> Scale:
+        parts = []
         dropped = []
-        for segment in layout.segments:
+        zero_rows: dict[int, list[int]] = {}
+        for i, segment in enumerate(layout.segments):
             if not 2 <= len(segment.shape) <= 5:
+                parts.append(torch.ones((), dtype=torch.float64, device="cpu"))
                 continue
-            weight = theta[segment.start : segment.stop].to("cpu", torch.float64)
-            norm = weight.reshape(segment.shape[0], -1).norm(dim=1)
+            norm = _row_norms(layout, i, values[i])
             zero = (norm == 0).nonzero().flatten().tolist()
             if zero and self.zero_rows == "error":
                 raise ValueError(
@@ -50,9 +61,11 @@ class FilterMetric:
                 )
             if zero:
                 dropped.append(f"{len(zero)} of {segment.name!r}")
-            width = weight.numel() // segment.shape[0]
-            scale[segment.start : segment.stop] = norm.repeat_interleave(width)
-        if not bool((scale > 0).any()):
+                zero_rows[i] = zero
+            local = layout.local[i]
+            parts.append(norm[local.rows : local.rows + len(local.values)])
+        scale = Scale(layout, parts, zero_rows)
+        if scale.dim == 0:
             raise ValueError(
                 f"metric: every row of the moved parameters has norm 0 ({', '.join(dropped)}); "
                 "nothing is left to move"
@@ -61,43 +74,53 @@ class FilterMetric:
             warnings.warn(
                 f"metric: rows with norm 0 do not move and are left out of d: {', '.join(dropped)}",
                 FastvolWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return scale
+
+
+def _row_norms(layout: ParameterLayout, i: int, values: Tensor) -> Tensor:
+    """Of all rows of segment i, from what is here of it: float64 ``[rows]``, on the CPU."""
+    local, sharded = layout.local[i], layout.parameters[i]
+    if not local.whole_rows:
+        values = gathered(values, sharded, sharded.shape)
+    width = max(1, values[:1].numel())
+    parts = torch.split(values, max(1, SPAN // width)) if len(values) else []
+    norms = [part.to("cpu", torch.float64).reshape(len(part), -1).norm(dim=1) for part in parts]
+    own = torch.cat(norms) if norms else torch.empty(0, dtype=torch.float64, device="cpu")
+    if is_sharded(sharded) and local.whole_rows:
+        return gathered(own.to(layout.device), sharded, sharded.shape[:1]).cpu()
+    return own
 
 
 Metric = str | FilterMetric | Mapping[str, Any] | Tensor
 
 
 def metric_scale(
-    metric: Metric, layout: ParameterLayout, theta: Tensor, *, used: bool = True
-) -> tuple[Tensor, Any]:
-    """The metric's scales and its JSON-ready description.
+    metric: Metric, layout: ParameterLayout, *, used: bool = True
+) -> tuple[Scale, Any]:
+    """The metric's scales at the parameters as they stand, and its JSON-ready description.
 
     Args:
         metric: as in :func:`fastvol.estimate`.
         layout: the moved parameters.
-        theta: their values, ``[size]``.
         used: ``False`` where nothing is measured in it; then a filter is not evaluated.
-
-    Returns:
-        float64 ``[size]`` on the CPU (0 where a coordinate does not move), and the description.
 
     Raises:
         TypeError, ValueError: naming ``metric``.
     """
     if isinstance(metric, str):
         if metric == "euclidean":
-            return torch.ones(layout.size, dtype=torch.float64, device="cpu"), "euclidean"
+            return Scale.uniform(layout), "euclidean"
         if metric == "filter":
-            return metric_scale(FilterMetric(), layout, theta, used=used)
+            return metric_scale(FilterMetric(), layout, used=used)
         raise ValueError(
             f"metric must be 'euclidean', 'filter', a FilterMetric, or scales, got {metric!r}"
         )
     if isinstance(metric, FilterMetric):
         name = "filter" if metric.zero_rows == "error" else "filter, zero rows dropped"
         if not used:
-            return torch.ones(layout.size, dtype=torch.float64, device="cpu"), name
-        return metric.scale(layout, theta), name
-    scale = layout.expand(metric, "metric")
-    return scale, {"scales_sha256": digest(scale)}
+            return Scale.uniform(layout), name
+        return metric.scale_of(layout), name
+    scale = Scale.given(layout, metric, "metric")
+    return scale, {"scales_sha256": scale.digest(with_parameters=False)}

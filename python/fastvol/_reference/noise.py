@@ -53,14 +53,15 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def _standard_normals(seed: int, stream: int, vectors: Tensor, start: int, stop: int) -> Tensor:
-    """float64 ``[vectors, stop - start]``; ``start`` is a multiple of 4."""
+    """float64 ``[vectors, stop - start]``: these coordinates of the vectors."""
     blocks = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64, device=vectors.device)
     words = _words(seed, stream, vectors, blocks)
     uniform = ((words >> 9).to(torch.float64) + 0.5) * 2.0**-23
     length = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
     angle = (2.0 * math.pi) * uniform[..., 1::2]
     pairs = torch.stack((length * torch.cos(angle), length * torch.sin(angle)), dim=-1)
-    return pairs.reshape(vectors.numel(), -1)[:, : stop - start]
+    lead = start % 4
+    return pairs.reshape(vectors.numel(), -1)[:, lead : lead + stop - start]
 
 
 def _vectors_and_signs(
@@ -82,6 +83,7 @@ def normals(
     scale: Tensor | None = None,
     project: Tensor | None = None,
     threads: int = 1,
+    first: int = 0,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Writes scale · z for each direction into ``out``.
 
@@ -94,6 +96,7 @@ def normals(
         scale: ``[d]`` in the dtype of ``out``, or ``None`` for ones.
         project: float64 ``[d]``, or ``None``.
         threads: unused here.
+        first: the coordinate that column 0 is: any span of the whole vectors can be made alone.
 
     Returns:
         norm ``[k]``: ‖z‖ of z rounded to the dtype of ``out``, before the scale; dot ``[k]``:
@@ -107,7 +110,7 @@ def normals(
     step = 4 * max(1, _BLOCKS_AT_ONCE // max(k, 1))
     for start in range(0, d, step):
         stop = min(start + step, d)
-        z = _standard_normals(seed, stream, vectors, start, stop) * signs[:, None]
+        z = _standard_normals(seed, stream, vectors, first + start, first + stop) * signs[:, None]
         z = z.to(out.dtype)
         exact = z.to(torch.float64)
         squared += exact.square().sum(dim=1)
@@ -128,6 +131,7 @@ def perturb(
     antithetic: bool = False,
     scale: Tensor | None = None,
     threads: int = 1,
+    first: int = 0,
 ) -> None:
     """Writes θ₀ + coefficient · scale · z for each direction into ``out``.
 
@@ -135,8 +139,8 @@ def perturb(
         out: ``[k, d]``, float32 or float64; overwritten.
         theta0: ``[d]`` in the dtype of ``out``.
         coefficient: float64 ``[k]``.
-        seed, stream, ids, antithetic, scale, threads: as for :func:`normals`.
+        seed, stream, ids, antithetic, scale, threads, first: as for :func:`normals`.
     """
-    normals(out, seed, stream, ids, antithetic=antithetic, scale=scale, threads=threads)
+    normals(out, seed, stream, ids, antithetic=antithetic, scale=scale, first=first)
     out *= torch.as_tensor(coefficient, dtype=out.dtype, device=out.device)[:, None]
     out += theta0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import NotAvailableError
 from .general import GeneralEngine, Plan, measure_plan, warn_of_single_rays
-from .planning import choose_plan, open_engine
+from .inplace import InPlaceEngine
+from .planning import choose_plan, open_engine, plan_in_place, reason_to_write
 from .protocol import Capabilities, Dense, Engine, Indexed, LinearOperator, Losses, RayInfo
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Dense",
     "Engine",
     "GeneralEngine",
+    "InPlaceEngine",
     "Indexed",
     "LinearOperator",
     "Losses",
@@ -21,23 +22,19 @@ __all__ = [
     "choose_plan",
     "measure_plan",
     "open_engine",
+    "plan_in_place",
+    "reason_to_write",
     "warn_of_single_rays",
 ]
 
-_LATER = ("inplace",)
+_NAMES = ("auto", "general", "layered", "inplace")
 
 
 def check_name(engine: str) -> None:
-    """Refuses an ``engine=`` that this version does not have.
+    """Refuses an unknown ``engine=``.
 
     Raises:
-        ValueError: unknown. NotAvailableError: known by name only.
+        ValueError: naming it.
     """
-    if engine in _LATER:
-        raise NotAvailableError(
-            f"engine={engine!r} is not part of this version; engine='auto' serves every module"
-        )
-    if engine not in ("auto", "general", "layered"):
-        raise ValueError(
-            f"engine must be one of 'auto', 'general', 'layered', 'inplace', got {engine!r}"
-        )
+    if engine not in _NAMES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, _NAMES))}, got {engine!r}")

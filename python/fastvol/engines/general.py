@@ -30,7 +30,7 @@ from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo,
 ROWS_BYTES = 512 << 20
 # Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
 _CHUNK_BYTES = 256 << 20
-_SINGLE_LANES = 4
+SINGLE_LANES = 4
 PROBE_STREAM = 2
 SCREENINGS = ("unmeasured", "off", "subset", "bfloat16", "subset in bfloat16")
 
@@ -90,9 +90,10 @@ class Plan:
             plan = cls(**description)
         except TypeError as error:
             raise ValueError(f"plan is not the plan of a result: {error}") from error
-        if plan.engine not in ("general", "layered"):
+        if plan.engine not in ("general", "layered", "inplace"):
             raise ValueError(
-                f"plan has the engine {plan.engine!r}; this version has 'general' and 'layered'"
+                f"plan has the engine {plan.engine!r}; this version has 'general', 'layered' and "
+                "'inplace'"
             )
         for name in ("keep_rows", "cached"):
             if type(getattr(plan, name)) is not bool:
@@ -266,29 +267,33 @@ class GeneralEngine:
         return rows if self._scale is None else rows * self._scale
 
     def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
-        """See :class:`fastvol.engines.protocol.Engine`; every loss is made in full."""
-        del limit
+        """See :class:`fastvol.engines.protocol.Engine`.
+
+        A ray is left between two batches where what has been summed exceeds the limit already.
+        """
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
-        total, weight = np.zeros(len(lanes)), 0.0
+        running = self._objective.running(len(lanes), limit)
         with torch.no_grad(), self._arithmetic():
             if self._objective.in_memory:
                 for start in range(0, len(lanes), chunk):
-                    part = slice(start, start + chunk)
+                    part = np.arange(start, min(start + chunk, len(lanes)))
                     self._perturb(radii[part], lanes[part])
-                    weight = 0.0
                     for batch in self._objective.batches():
-                        weight += batch.weight
-                        total[part] += batch.weight * self._evaluate(batch, len(lanes[part]))
+                        if running.settled(part):
+                            break
+                        running.add(part, batch.weight, self._evaluate(batch, len(part)))
             else:
                 # A batch that has to be read is read once for all rays.
                 for batch in self._objective.batches():
-                    weight += batch.weight
-                    for start in range(0, len(lanes), chunk):
-                        part = slice(start, start + chunk)
+                    going = running.going()
+                    if not len(going):
+                        break
+                    for start in range(0, len(going), chunk):
+                        part = going[start : start + chunk]
                         self._perturb(radii[part], lanes[part])
-                        total[part] += batch.weight * self._evaluate(batch, len(lanes[part]))
-        return Losses(total / weight)
+                        running.add(part, batch.weight, self._evaluate(batch, len(part)))
+        return Losses(running.values, running.outside)
 
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """See :class:`fastvol.engines.protocol.Engine`."""
@@ -499,7 +504,7 @@ def measure_plan(
         reason = f"vmap: {trouble}"
     else:
         reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
-    lane_count = min(lanes or max(best_chunk, _SINGLE_LANES), block)
+    lane_count = min(lanes or max(best_chunk, SINGLE_LANES), block)
     return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 

@@ -9,23 +9,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import Objective
+from .._scale import Scale
+from ..errors import FastvolError
 from .general import (
     PROBE_STREAM,
     ROWS_BYTES,
+    SINGLE_LANES,
     GeneralEngine,
     Plan,
     losses_agree,
     measure_plan,
     warn_of_single_rays,
 )
+from .inplace import InPlaceEngine
 from .layered import LayeredEngine, UntraceableError
-from .protocol import Float, Indexed
+from .protocol import Engine, Float, Indexed
 
+# Beyond this size, in the working dtype, the general engine cannot keep the noise of its rays and
+# makes it anew for each evaluation, as the in-place one does, which needs one copy of the
+# parameters where it needs two (measured: benchmarks/inplace_memory.py).
+LARGE_BYTES = ROWS_BYTES // SINGLE_LANES
+_LANES_OF_STREAMS = 32
 # Losses that a search spends on a direction, about.
 _LOSSES = 4
 # Tracing takes about as long as this many seconds of a run; shorter runs do without.
@@ -42,33 +51,96 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 def open_engine(
     objective: Objective,
     layout: ParameterLayout,
-    scale: Tensor,
+    scale: Scale,
     plan: Plan,
     backend: Backend,
     project: Tensor | None = None,
     *,
+    toward_origin: bool = False,
     rowspace: bool = False,
-) -> GeneralEngine:
+) -> Engine:
     """The engine that a plan names; the arguments are :class:`LayeredEngine`'s.
+
+    ``toward_origin`` says in place of ``project``, to engines that keep no such vector, that it is
+    −θ*/s.
 
     Raises:
         ValueError: the plan has the layered engine, which this model or data do not allow.
     """
     if rowspace and not (plan.engine == "layered" and plan.cached):
         raise ValueError("noise='rowspace' needs a plan of the layered engine that keeps its layer")
+    if plan.engine == "inplace":
+        return InPlaceEngine(objective, layout, scale, plan, backend, toward_origin=toward_origin)
+    if layout.is_sharded:
+        raise ValueError(f"plan has the engine {plan.engine!r}; a sharded module needs 'inplace'")
+    flat = scale.flat
     if plan.engine == "general":
-        return GeneralEngine(objective, layout, scale, plan, backend, project)
+        return GeneralEngine(objective, layout, flat, plan, backend, project)
     try:
-        return LayeredEngine(objective, layout, scale, plan, backend, project, rowspace=rowspace)
+        return LayeredEngine(objective, layout, flat, plan, backend, project, rowspace=rowspace)
     except UntraceableError as error:
         raise ValueError(f"plan: the layered engine cannot run this model: {error}") from error
+
+
+def reason_to_write(engine: str, layout: ParameterLayout, model: nn.Module) -> str | None:
+    """Why rays are to be written into the model's own parameters; ``None`` where others can do.
+
+    Raises:
+        ValueError: another engine was asked for than a sharded module can have.
+    """
+    if layout.is_sharded:
+        if engine not in ("auto", "inplace"):
+            raise ValueError(
+                f"engine={engine!r} cannot run a sharded module; engine='inplace' or 'auto' can"
+            )
+        return "the parameters are sharded over processes"
+    if engine == "inplace":
+        return "it was asked for"
+    if engine != "auto":
+        return None
+    size = layout.size * torch.finfo(layout.dtype).bits // 8
+    if size > LARGE_BYTES:
+        return f"{size / 2**20:.0f} MiB of {layout.dtype} parameters are too many to batch"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return "torch.func.functional_call does not reach into modules of TorchScript"
+    return None
+
+
+def plan_in_place(
+    objective: Objective,
+    layout: ParameterLayout,
+    backend: Backend,
+    *,
+    lanes: int | None,
+    block: int,
+    rays: int,
+    reason: str,
+) -> Plan:
+    """A plan of the in-place engine, of which there is nothing to measure: it takes ray by ray.
+
+    More lanes make no ray cheaper, but of data that have to be read: a batch is read once for all.
+    """
+    most = SINGLE_LANES if objective.in_memory else _LANES_OF_STREAMS
+    threads = torch.get_num_threads()
+    return Plan(
+        engine="inplace",
+        chunk=1,
+        lanes=min(lanes or most, block, rays),
+        keep_rows=False,
+        dtype=str(layout.dtype).removeprefix("torch."),
+        threads=threads,
+        noise_threads=threads,
+        backend=backend.name,
+        block=block,
+        reason=reason,
+    )
 
 
 def choose_plan(
     engine: str,
     objective: Objective,
     layout: ParameterLayout,
-    scale: Tensor,
+    scale: Scale,
     backend: Backend,
     *,
     lanes: int | None,
@@ -90,6 +162,16 @@ def choose_plan(
         ValueError: ``engine="layered"`` for a model that cannot be traced; it says why.
     """
     trial = _Trial(objective, layout, scale, backend, radius)
+    if engine == "auto" and trial.is_out_of_reach():
+        return plan_in_place(
+            objective,
+            layout,
+            backend,
+            lanes=lanes,
+            block=block,
+            rays=rays,
+            reason="the model does not notice that functional_call replaces its parameters",
+        ), None
     plan, trouble = _choose(engine, trial, lanes, block, rays)
     warn_of_single_rays(plan, trouble)
     return plan, trouble
@@ -193,11 +275,12 @@ class _Trial:
         self,
         objective: Objective,
         layout: ParameterLayout,
-        scale: Tensor,
+        scale: Scale,
         backend: Backend,
         radius: float,
     ) -> None:
-        self.setting = objective, layout, scale, backend
+        self.setting = objective, layout, scale.flat, backend
+        self._scale = scale
         self.objective, self.layout = objective, layout
         self.bytes_a_number = torch.finfo(layout.dtype).bits // 8
         self.examples = objective.largest_batch
@@ -235,15 +318,29 @@ class _Trial:
                 raise UntraceableError(f"it gave a loss of {value} where the model gave {wanted}")
         return engine
 
-    def _probe(self, engine: GeneralEngine) -> Float:
+    def is_out_of_reach(self) -> bool:
+        """Whether the loss stays as it is under ``functional_call``, and moves in place."""
+        objective, layout, _, backend = self.setting
+        name = str(layout.dtype).removeprefix("torch.")
+        plan = Plan("general", 1, 1, False, name, 1, 1, backend.name)
+        try:
+            if (self._probe(self.general(plan), self._radii[-1:]) != objective.loss0).any():
+                return False
+            written = InPlaceEngine(objective, layout, self._scale, plan, backend)
+            return bool((self._probe(written) != self._probe(self.general(plan))).any())
+        except FastvolError:
+            # Whatever it is, the measurement of the general engine tells.
+            return False
+
+    def _probe(self, engine: Engine, radii: Float | None = None) -> Float:
         values = []
         lane = np.array([0])
-        for i, radius in enumerate(self._radii):
+        for i, radius in enumerate(self._radii if radii is None else radii):
             engine.load(lane, Indexed(0, np.array([i]), stream=PROBE_STREAM))
             values.append(engine.loss(np.array([radius]), lane).values[0])
         return np.array(values)
 
-    def seconds(self, engine: GeneralEngine) -> float:
+    def seconds(self, engine: Engine) -> float:
         """Of a direction: loading it, and the losses that a search takes."""
         ids = np.arange(engine.lanes)
         radii = np.full(engine.lanes, self.radius)

@@ -40,7 +40,7 @@ def given_law(lab: Laboratory) -> Proposal | None:
     if isinstance(spec, str):
         return named_law(lab, spec)
     made = preconditioners.as_preconditioner(
-        spec, problem.layout, problem.ray_scale, problem.objective.module.model
+        spec, problem.layout, problem.ray_scale.flat, problem.objective.module.model
     )
     if isinstance(made, Curvature):
         return curvature_law(lab, made, "optimizer")
@@ -63,7 +63,7 @@ def named_law(lab: Laboratory, name: str) -> Proposal | None:
                 "directions are isotropic"
             )
         return learned
-    arguments = (problem.objective, problem.layout, problem.ray_scale)
+    arguments = (problem.objective, problem.layout, problem.ray_scale.flat)
     build: dict[str, Callable[[], Built]] = {
         "hessian": lambda: preconditioners.hessian(*arguments),
         "ggn": lambda: preconditioners.ggn(*arguments),

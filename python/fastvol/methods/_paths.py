@@ -17,7 +17,7 @@ import torch
 from .._path_estimate import PathEstimate, assemble_paths, final_log_scale
 from .._problem import Problem, Progress
 from .._proposal import Proposal
-from ..engines import GeneralEngine
+from ..engines import Engine
 from ..result import Rays
 from ..sampling.field import Level, RayField, log_weight
 from ..sampling.learning import learn
@@ -93,7 +93,7 @@ class Laboratory:
     """
 
     problem: Problem
-    engine: GeneralEngine
+    engine: Engine
     threshold: float
     budget: Budget
     pilots: dict[int, tuple[Pilot, Rays]] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class Laboratory:
 
 
 def laboratory(
-    problem: Problem, engine: GeneralEngine, threshold: float, *, frugal: bool = False
+    problem: Problem, engine: Engine, threshold: float, *, frugal: bool = False
 ) -> Laboratory:
     """The problem with its budget and its isotropic pilot.
 
@@ -336,7 +336,7 @@ def _reentrance(lab: Laboratory, law: Proposal | None, run: Run) -> tuple[float,
     return float(lost.mean()), float(lost.std(ddof=1)) / math.sqrt(len(rows))
 
 
-def has_gradients(problem: Problem, engine: GeneralEngine, source: RayLoss) -> str:
+def has_gradients(problem: Problem, engine: Engine, source: RayLoss) -> str:
     """Why the loss has no gradient to go by; empty where it has one."""
     lane = np.array([0])
     source.assign(np.array([0]))

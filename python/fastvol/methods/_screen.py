@@ -21,7 +21,7 @@ import torch
 from .._problem import Problem
 from .._proposal import Proposal
 from .._reference.search import Status
-from ..engines import Engine
+from ..engines import Engine, GeneralEngine
 from ._search import Pilot, RayLoss, pilot_source, settle
 
 Float = npt.NDArray[np.float64]
@@ -73,6 +73,8 @@ class Screen:
                 )
             objective = thinned
         engine = problem.engine(objective=objective)
+        if not isinstance(engine, GeneralEngine):
+            raise ValueError(f"plan: the {plan.engine} engine has no screen")
         engine.coarse = plan.screening.endswith("bfloat16")
         self._problem, self._threshold = problem, threshold
         self._pilot = replace(pilot, rtol=max(_XTOL, pilot.rtol))
@@ -136,8 +138,10 @@ def _measured(
     proposal: Proposal | None,
 ) -> tuple[dict[str, Any], int] | None:
     """What a plan says of the cheapest screen, and the losses spent; ``None`` if none is to be."""
-    # Another part of the data has another row space, and so other directions.
-    if problem.n * _SHARE < 2 * _TRIAL or problem.noise != "full":
+    # Another part of the data has another row space, and so other directions; what does not fit
+    # into memory twice does not fit with a screen beside it.
+    has_room = problem.noise == "full" and problem.plan.engine != "inplace"
+    if problem.n * _SHARE < 2 * _TRIAL or not has_room:
         return None
     ids = np.arange(_TRIAL)
     source = pilot_source(problem, engine, proposal)

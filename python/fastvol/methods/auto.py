@@ -15,6 +15,7 @@ from .._problem import Problem
 from .._proposal import Proposal
 from ..measures import Lebesgue
 from ..result import VolumeEstimate
+from . import radial
 from ._laws import auto_law, given_law
 from ._paths import Laboratory, laboratory
 from ._rays import run_threshold
@@ -31,6 +32,10 @@ _LOSSES_A_NAT_WITHOUT_GRADIENT = 60_000
 
 def run(problem: Problem) -> list[VolumeEstimate]:
     """One estimate per threshold, each by the method that suits it."""
+    if not problem.holds_directions:
+        return radial.run(
+            problem, ("no method beyond plain rays was tried: directions are not kept",)
+        )
     with problem.bar() as bar:
         return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
 

@@ -13,11 +13,11 @@ from ..result import VolumeEstimate
 from ._rays import run_threshold
 
 
-def run(problem: Problem) -> list[VolumeEstimate]:
-    """One estimate per threshold, from the same directions."""
+def run(problem: Problem, notes: tuple[str, ...] = ()) -> list[VolumeEstimate]:
+    """One estimate per threshold, from the same directions; ``notes`` go to the warnings."""
     engine = problem.engine()
     with problem.bar() as bar:
         return [
-            run_threshold(problem, engine, threshold, bar, method="radial")
+            run_threshold(problem, engine, threshold, bar, method="radial", notes=notes)
             for threshold in problem.thresholds
         ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._problem import Problem
 from .._proposal import Directions, Proposal
 from .._reference.search import Status
-from ..engines import Dense, GeneralEngine
+from ..engines import Dense, Engine
 from ..measures import Gaussian, Lebesgue
 from ..methods._search import Pilot, search_options
 from ..result import log_weights, ray_offsets
@@ -139,7 +139,7 @@ class RayField:
         self.lanes = lanes
         self.n_loss = 0
         self.n_grad = 0
-        self._engine: GeneralEngine = problem.engine(lanes)
+        self._engine: Engine = problem.engine(lanes)
         self._loss0 = min(problem.loss0, threshold)
         self._log_gap = math.log(max(threshold - self._loss0, 1e-300))
         self._options = {**search_options(problem, pilot, threshold), "lanes": lanes}
