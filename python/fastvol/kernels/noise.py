@@ -1,0 +1,338 @@
+"""Directions, and points on their rays, in one pass over memory.
+
+The functions are those of :mod:`fastvol._reference.noise`, for tensors on a GPU. The noise is made
+in registers: nothing is read but what is added or multiplied, and nothing written but the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import bucket, launch, per_lane, signed_word
+from .philox import normals_of_blocks, vector_of
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "tiles", "bucket"]
+# Tiles that one program sums up; it fixes the order of a sum, so it is never tuned.
+_TILES_A_SUM = 8
+
+
+@triton.jit
+def _flat(z0: Any, z1: Any, z2: Any, z3: Any, BLOCKS: tl.constexpr) -> Any:
+    """Coordinates in order; what one thread has made stays with it."""
+    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * BLOCKS)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def perturb_kernel(
+    out: Any,
+    theta0: Any,
+    scale: Any,
+    coefficient: Any,
+    ids: Any,
+    seed_low: Any,
+    seed_high: Any,
+    stream: Any,
+    d: Any,
+    row_stride: Any,
+    lanes: Any,
+    bucket: Any,
+    ANTITHETIC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """One tile of one row; lanes are innermost, so that they read the same θ₀ together."""
+    WORK: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    lane = tl.program_id(0) % lanes
+    tile = (tl.program_id(0) // lanes).to(tl.int64)
+    vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
+    c = tl.load(coefficient + lane).to(WORK) * sign
+    blocks = tile.to(tl.uint32) * BLOCKS + tl.arange(0, BLOCKS).to(tl.uint32)
+    index = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+    row = out + lane.to(tl.int64) * row_stride
+    # A bound that is a multiple of 4 lets four neighbours move in one access; the rest of a row,
+    # three at the most, is done apart.
+    whole = (d // 4) * 4
+    inside = index < whole
+    start = tl.load(theta0 + index, mask=inside, other=0.0).to(WORK)
+    if HAS_SCALE:
+        step = c * tl.load(scale + index, mask=inside, other=0.0).to(WORK)
+    else:
+        step = c
+    z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, DOUBLE)
+    z = _flat(z0, z1, z2, z3, BLOCKS)
+    tl.store(row + index, (start + step * z).to(out.dtype.element_ty), mask=inside)
+    if (tile + 1) * (4 * BLOCKS) > whole:
+        rest = (index >= whole) & (index < d)
+        start = tl.load(theta0 + index, mask=rest, other=0.0).to(WORK)
+        if HAS_SCALE:
+            step = c * tl.load(scale + index, mask=rest, other=0.0).to(WORK)
+        tl.store(row + index, (start + step * z).to(out.dtype.element_ty), mask=rest)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def normals_kernel(
+    out: Any,
+    scale: Any,
+    project: Any,
+    squares: Any,
+    dots: Any,
+    ids: Any,
+    seed_low: Any,
+    seed_high: Any,
+    stream: Any,
+    d: Any,
+    row_stride: Any,
+    lanes: Any,
+    tiles: Any,
+    ANTITHETIC: tl.constexpr,
+    STORE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_PROJECT: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Some tiles of one row, and what they add to ‖z‖² and ⟨z, project⟩, [lanes, parts]."""
+    WORK: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    lane = tl.program_id(0) % lanes
+    part = tl.program_id(0) // lanes
+    vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
+    whole = (d // 4) * 4
+    square = tl.zeros([BLOCKS], tl.float64)
+    dot = tl.zeros([BLOCKS], tl.float64)
+    for i in range(tl.minimum(TILES, tiles - part * TILES)):
+        tile = part.to(tl.int64) * TILES + i
+        offsets = tl.arange(0, BLOCKS)
+        blocks = tile.to(tl.uint32) * BLOCKS + offsets.to(tl.uint32)
+        z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, DOUBLE)
+        first = tile * (4 * BLOCKS) + 4 * offsets
+        # What a row has no room for counts for nothing.
+        z0 = tl.where(first < d, z0, 0.0)
+        z1 = tl.where(first + 1 < d, z1, 0.0)
+        z2 = tl.where(first + 2 < d, z2, 0.0)
+        z3 = tl.where(first + 3 < d, z3, 0.0)
+        # Four squares in the arithmetic of z: their rounding is without bias, and far below the
+        # error that d of them average to.
+        square += ((z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)).to(tl.float64)
+        if HAS_PROJECT:
+            p = project + first
+            dot += z0.to(tl.float64) * tl.load(p, mask=first < d, other=0.0)
+            dot += z1.to(tl.float64) * tl.load(p + 1, mask=first + 1 < d, other=0.0)
+            dot += z2.to(tl.float64) * tl.load(p + 2, mask=first + 2 < d, other=0.0)
+            dot += z3.to(tl.float64) * tl.load(p + 3, mask=first + 3 < d, other=0.0)
+        if STORE:
+            index = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+            row = out + lane.to(tl.int64) * row_stride
+            z = _flat(z0, z1, z2, z3, BLOCKS)
+            if ANTITHETIC:
+                z = z * sign
+            inside = index < whole
+            value = z
+            if HAS_SCALE:
+                value = z * tl.load(scale + index, mask=inside, other=0.0).to(WORK)
+            tl.store(row + index, value.to(out.dtype.element_ty), mask=inside)
+            if (tile + 1) * (4 * BLOCKS) > whole:
+                rest = (index >= whole) & (index < d)
+                if HAS_SCALE:
+                    value = z * tl.load(scale + index, mask=rest, other=0.0).to(WORK)
+                tl.store(row + index, value.to(out.dtype.element_ty), mask=rest)
+    parts = tl.cdiv(tiles, TILES)
+    place = lane.to(tl.int64) * parts + part
+    tl.store(squares + place, tl.sum(square, axis=0))
+    if HAS_PROJECT:
+        tl.store(dots + place, tl.sum(dot, axis=0) * sign)
+
+
+def normals(
+    out: Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    antithetic: bool = False,
+    scale: Tensor | None = None,
+    project: Tensor | None = None,
+    threads: int = 1,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """See :func:`fastvol._reference.noise.normals`; waits for the numbers that it returns."""
+    del threads
+    norm, dot = write_normals(
+        out, seed, stream, ids, antithetic=antithetic, scale=scale, project=project
+    )
+    return norm.cpu().numpy(), dot.cpu().numpy()
+
+
+def write_normals(
+    out: Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    antithetic: bool = False,
+    scale: Tensor | None = None,
+    project: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`normals` without waiting: ‖z‖ and ⟨z, project⟩ are float64 ``[k]`` on the device."""
+    _check_rows(out)
+    return _normals(
+        out,
+        out.shape[1],
+        out.dtype,
+        seed,
+        stream,
+        per_lane(ids, torch.int64, out.device),
+        antithetic,
+        scale,
+        project,
+    )
+
+
+def direction_reductions(
+    d: int,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    antithetic: bool = False,
+    project: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastvol._reference.noise.direction_reductions`."""
+    lanes = per_lane(ids, torch.int64, torch.device(device))
+    return _normals(None, d, dtype, seed, stream, lanes, antithetic, None, project)
+
+
+def _normals(
+    out: Tensor | None,
+    d: int,
+    dtype: torch.dtype,
+    seed: int,
+    stream: int,
+    ids: Tensor,
+    antithetic: bool,
+    scale: Tensor | None,
+    project: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    lanes = len(ids)
+    if out is not None and lanes != len(out):
+        raise ValueError(f"ids must name one direction a row of out, {len(out)}, got {lanes}")
+    _check_vector("scale", scale, d)
+    _check_vector("project", project, d)
+    if project is not None and project.dtype != torch.float64:
+        raise ValueError(f"project must be float64, got {project.dtype}")
+    double = dtype == torch.float64
+    fixed = triton.Config({"BLOCKS": 256, "TILES": _TILES_A_SUM}, num_warps=4, num_stages=1)
+    tiles = triton.cdiv(d, 4 * fixed.kwargs["BLOCKS"])
+    parts = triton.cdiv(tiles, _TILES_A_SUM)
+    squares = torch.empty((lanes, parts), dtype=torch.float64, device=ids.device)
+    dots = squares if project is None else torch.empty_like(squares)
+    launch(
+        normals_kernel,
+        lambda _: (lanes * parts,),
+        {
+            "out": squares if out is None else out,
+            "scale": squares if scale is None else scale,
+            "project": squares if project is None else project,
+            "squares": squares,
+            "dots": dots,
+            "ids": ids,
+            "seed_low": signed_word(seed),
+            "seed_high": signed_word(seed >> 32),
+            "stream": signed_word(stream),
+            "d": d,
+            "row_stride": 0 if out is None else out.stride(0),
+            "lanes": lanes,
+            "tiles": tiles,
+            "ANTITHETIC": antithetic,
+            "STORE": out is not None,
+            "HAS_SCALE": scale is not None,
+            "HAS_PROJECT": project is not None,
+            "DOUBLE": double,
+        },
+        fixed=fixed,
+    )
+    norm = squares.sum(dim=1).sqrt()
+    return norm, torch.zeros_like(norm) if project is None else dots.sum(dim=1)
+
+
+def perturb(
+    out: Tensor,
+    theta0: Tensor,
+    coefficient: npt.NDArray[np.float64] | Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    antithetic: bool = False,
+    scale: Tensor | None = None,
+    threads: int = 1,
+) -> None:
+    """See :func:`fastvol._reference.noise.perturb`; ``coefficient`` and ``ids`` may be tensors.
+
+    Rows whose stride is a multiple of 16 elements are written fastest.
+    """
+    del threads
+    _check_rows(out)
+    lanes, d = out.shape
+    _check_vector("theta0", theta0, d)
+    _check_vector("scale", scale, d)
+    double = out.dtype == torch.float64
+    launch(
+        perturb_kernel,
+        lambda meta: (lanes * triton.cdiv(d, 4 * meta["BLOCKS"]),),
+        {
+            "out": out,
+            "theta0": theta0,
+            "scale": theta0 if scale is None else scale,
+            "coefficient": per_lane(coefficient, torch.float64, out.device),
+            "ids": per_lane(ids, torch.int64, out.device),
+            "seed_low": signed_word(seed),
+            "seed_high": signed_word(seed >> 32),
+            "stream": signed_word(stream),
+            "d": d,
+            "row_stride": out.stride(0),
+            "lanes": lanes,
+            "bucket": bucket(d),
+            "ANTITHETIC": antithetic,
+            "HAS_SCALE": scale is not None,
+            "DOUBLE": double,
+        },
+        fixed=_PERTURB,
+        candidates=_PERTURB_CANDIDATES,
+        key=("bucket",),
+    )
+
+
+_PERTURB = triton.Config({"BLOCKS": 512}, num_warps=4, num_stages=1)
+_PERTURB_CANDIDATES = tuple(
+    triton.Config({"BLOCKS": blocks}, num_warps=warps, num_stages=1)
+    for blocks, warps in ((256, 4), (512, 8), (1024, 4), (1024, 8))
+)
+
+
+def _check_rows(out: Tensor) -> None:
+    if out.dim() != 2 or out.stride(1) != 1 and out.shape[1] > 1:
+        raise ValueError(
+            f"out must be [k, d] with neighbours in a row side by side, got shape "
+            f"{tuple(out.shape)} with strides {out.stride()}"
+        )
+    if out.dtype not in _DTYPES:
+        raise ValueError(f"out must be one of {_DTYPES}, got {out.dtype}")
+
+
+def _check_vector(name: str, vector: Tensor | None, d: int) -> None:
+    if vector is not None and (vector.shape != (d,) or not vector.is_contiguous()):
+        raise ValueError(
+            f"{name} must be contiguous with one number a coordinate, [{d}], got shape "
+            f"{tuple(vector.shape)}"
+        )
