@@ -6,6 +6,17 @@ Importing this package needs ``triton``; nothing else in fastvol imports it unas
 from __future__ import annotations
 
 from .launch import set_tuning
+from .linear import direction_conv2d, direction_linear, perturbed_conv2d, perturbed_linear
 from .noise import direction_reductions, normals, perturb, write_normals
 
-__all__ = ["direction_reductions", "normals", "perturb", "set_tuning", "write_normals"]
+__all__ = [
+    "direction_conv2d",
+    "direction_linear",
+    "direction_reductions",
+    "normals",
+    "perturb",
+    "perturbed_conv2d",
+    "perturbed_linear",
+    "set_tuning",
+    "write_normals",
+]

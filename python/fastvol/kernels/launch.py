@@ -92,3 +92,8 @@ def per_lane(values: npt.NDArray[Any] | Tensor, dtype: torch.dtype, device: torc
         numpy_dtype = np.float64 if dtype == torch.float64 else np.int64
         values = torch.from_numpy(np.ascontiguousarray(values, dtype=numpy_dtype))
     return values.to(device=device, dtype=dtype).contiguous()
+
+
+def on_host(values: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
+    """One number a lane, as the reference takes them."""
+    return values.cpu().numpy() if isinstance(values, Tensor) else values

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import bucket, launch, per_lane, signed_word
-from .philox import normals_of_blocks, vector_of
+from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "tiles", "bucket"]
@@ -97,11 +97,12 @@ def normals_kernel(
     STORE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_PROJECT: tl.constexpr,
-    DOUBLE: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
     """Some tiles of one row, and what they add to ‖z‖² and ⟨z, project⟩, [lanes, parts]."""
+    DOUBLE: tl.constexpr = DTYPE == "float64"
     WORK: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     lane = tl.program_id(0) % lanes
     part = tl.program_id(0) // lanes
@@ -114,6 +115,12 @@ def normals_kernel(
         offsets = tl.arange(0, BLOCKS)
         blocks = tile.to(tl.uint32) * BLOCKS + offsets.to(tl.uint32)
         z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, DOUBLE)
+        if DTYPE == "bfloat16":
+            z0, z1 = to_bfloat16_and_back(z0), to_bfloat16_and_back(z1)
+            z2, z3 = to_bfloat16_and_back(z2), to_bfloat16_and_back(z3)
+        elif DTYPE == "float16":
+            z0, z1 = z0.to(tl.float16).to(tl.float32), z1.to(tl.float16).to(tl.float32)
+            z2, z3 = z2.to(tl.float16).to(tl.float32), z3.to(tl.float16).to(tl.float32)
         first = tile * (4 * BLOCKS) + 4 * offsets
         # What a row has no room for counts for nothing.
         z0 = tl.where(first < d, z0, 0.0)
@@ -230,7 +237,6 @@ def _normals(
     _check_vector("project", project, d)
     if project is not None and project.dtype != torch.float64:
         raise ValueError(f"project must be float64, got {project.dtype}")
-    double = dtype == torch.float64
     fixed = triton.Config({"BLOCKS": 256, "TILES": _TILES_A_SUM}, num_warps=4, num_stages=1)
     tiles = triton.cdiv(d, 4 * fixed.kwargs["BLOCKS"])
     parts = triton.cdiv(tiles, _TILES_A_SUM)
@@ -257,7 +263,7 @@ def _normals(
             "STORE": out is not None,
             "HAS_SCALE": scale is not None,
             "HAS_PROJECT": project is not None,
-            "DOUBLE": double,
+            "DTYPE": str(dtype).removeprefix("torch."),
         },
         fixed=fixed,
     )

@@ -169,3 +169,11 @@ def normals_of_blocks(
         z2, z3 = box_muller(w2, w3)
     return z0, z1, z2, z3
 
+
+
+@triton.jit
+def to_bfloat16_and_back(x: Any) -> Any:
+    """float32 rounded to the nearest bfloat16, ties to even; no NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)

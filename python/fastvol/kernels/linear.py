@@ -1,0 +1,602 @@
+"""Layers whose weights lie on rays, the noise made in the tile that the matrix unit multiplies.
+
+The weights of a lane are W + c·s⊙Z: they exist in shared memory only, one tile at a time, and each
+tile serves all rows of a program. One Philox call makes the weights of four neighbouring inputs.
+Where a row of W begins inside a block of four coordinates, all rows that begin at the same place in
+theirs are taken together, and the inputs are shifted instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._reference import perturbed as reference
+from .launch import bucket, interpreted, launch, on_host, per_lane, signed_word
+from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
+
+ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "sigmoid")
+# What the matrix unit does with float32 operands.
+_INPUT_PRECISION = {"bf16": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "ieee": "ieee"}
+
+_UNSPECIALISED = [
+    "seed_low",
+    "seed_high",
+    "stream",
+    "offset",
+    "bias_offset",
+    "rows",
+    "lanes",
+    "bucket_rows",
+    "bucket_outputs",
+    "bucket_inputs",
+    "positions",
+    "width",
+    "stride_height",
+    "stride_width",
+    "dilation_height",
+    "dilation_width",
+]
+
+
+@triton.jit
+def _activate(x: Any, ACTIVATION: tl.constexpr) -> Any:
+    """By exponentials and erf alone, which every backend of Triton has."""
+    if ACTIVATION == "relu":
+        # Not a maximum, which would hide a NaN.
+        return tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "tanh":
+        e = tl.exp(-2.0 * tl.abs(x))
+        t = (1.0 - e) / (1.0 + e)
+        return tl.where(x < 0, -t, t)
+    elif ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return x
+
+
+@triton.jit
+def linear_kernel(
+    out: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    bias_scale: Any,
+    coefficient: Any,
+    ids: Any,
+    seed_low: Any,
+    seed_high: Any,
+    stream: Any,
+    offset: Any,
+    bias_offset: Any,
+    rows: Any,
+    outputs: Any,
+    inputs: Any,
+    lanes: Any,
+    x_lane: Any,
+    x_row: Any,
+    x_channel: Any,
+    x_height: Any,
+    x_width: Any,
+    positions: Any,
+    width: Any,
+    stride_height: Any,
+    stride_width: Any,
+    dilation_height: Any,
+    dilation_width: Any,
+    bucket_rows: Any,
+    bucket_outputs: Any,
+    bucket_inputs: Any,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    CONVOLUTION: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS_SCALE: tl.constexpr,
+    PHASES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BF16: tl.constexpr,
+    ROUND_ONLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> None:
+    """PARTS tiles of ROWS rows of one lane, by one tile of outputs."""
+    output_tiles = PHASES * tl.cdiv(tl.cdiv(outputs, PHASES), OUTPUTS)
+    row_tiles = tl.cdiv(rows, ROWS * PARTS)
+    program = tl.program_id(0)
+    output_tile = program % output_tiles
+    row_tile = (program // output_tiles) % row_tiles
+    lane = program // (output_tiles * row_tiles)
+    vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
+    if HAS_COEFFICIENT:
+        c = tl.load(coefficient + lane).to(tl.float32) * sign
+    else:
+        c = sign
+
+    # Every PHASES-th output begins at the same place in its block of four coordinates.
+    residue = output_tile % PHASES
+    o = residue + PHASES * ((output_tile // PHASES) * OUTPUTS + tl.arange(0, OUTPUTS))
+    coordinate = offset.to(tl.int64) + o.to(tl.int64) * inputs
+    if ALIGNED:
+        phase = 0
+    else:
+        phase = ((offset.to(tl.int64) + residue.to(tl.int64) * inputs) & 3).to(tl.int32)
+    block = ((coordinate - phase) >> 2).to(tl.uint32)
+    if SCALE == "row":
+        step = c * tl.load(scale + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
+    else:
+        step = c
+
+    x += lane.to(tl.int64) * x_lane
+    m = row_tile * (ROWS * PARTS) + tl.arange(0, ROWS)
+    totals = ()
+    for _ in tl.static_range(PARTS):
+        totals = totals + (tl.zeros([ROWS, OUTPUTS], tl.float32),)
+    for start in range(0, inputs + phase, INPUTS):
+        blocks = block[:, None] + ((start // 4) + tl.arange(0, INPUTS // 4)).to(tl.uint32)[None, :]
+        z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, False)
+        z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(OUTPUTS, INPUTS)
+        i = start + tl.arange(0, INPUTS) - phase
+        real = (i >= 0) & (i < inputs)
+        place = o.to(tl.int64)[:, None] * inputs + i[None, :]
+        exists = (o < outputs)[:, None] & real[None, :]
+        if SCALE == "element":
+            z = z * tl.load(scale + place, mask=exists, other=0.0).to(tl.float32)
+        w = step * z
+        if HAS_WEIGHT:
+            w += tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)
+        if CONVOLUTION:
+            channel = i // (KERNEL_HEIGHT * KERNEL_WIDTH)
+            tap = i % (KERNEL_HEIGHT * KERNEL_WIDTH)
+            column = (
+                channel.to(tl.int64) * x_channel
+                + (tap // KERNEL_WIDTH) * dilation_height * x_height
+                + (tap % KERNEL_WIDTH) * dilation_width * x_width
+            )
+        else:
+            column = i.to(tl.int64)
+        if BF16:
+            w = to_bfloat16_and_back(w) if ROUND_ONLY else w.to(tl.bfloat16)
+        w = tl.trans(w)
+        sums = ()
+        for part in tl.static_range(PARTS):
+            row = m + part * ROWS
+            if CONVOLUTION:
+                at = row % positions
+                begin = (
+                    (row // positions).to(tl.int64) * x_row
+                    + ((at // width) * stride_height).to(tl.int64) * x_height
+                    + ((at % width) * stride_width).to(tl.int64) * x_width
+                )
+            else:
+                begin = row.to(tl.int64) * x_row
+            given = tl.load(
+                x + begin[:, None] + column[None, :],
+                mask=(row < rows)[:, None] & real[None, :],
+                other=0.0,
+            )
+            if BF16:
+                given = given.to(tl.float32) if ROUND_ONLY else given.to(tl.bfloat16)
+                if ROUND_ONLY:
+                    given = to_bfloat16_and_back(given)
+            else:
+                given = given.to(tl.float32)
+            sums = sums + (tl.dot(given, w, totals[part], input_precision=PRECISION),)
+        totals = sums
+
+    if HAS_BIAS:
+        place_of_bias = bias_offset.to(tl.int64) + o.to(tl.int64)
+        z0, z1, z2, z3 = normals_of_blocks(
+            (place_of_bias >> 2).to(tl.uint32), seed_low, seed_high, stream, vector, False
+        )
+        at_block = place_of_bias & 3
+        shift = c * tl.where(
+            at_block < 2, tl.where(at_block == 0, z0, z1), tl.where(at_block == 2, z2, z3)
+        )
+        if HAS_BIAS_SCALE:
+            shift *= tl.load(bias_scale + o, mask=o < outputs, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            shift += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)
+    out += lane.to(tl.int64) * rows * outputs
+    for part in tl.static_range(PARTS):
+        row = m + part * ROWS
+        value = totals[part]
+        if HAS_BIAS:
+            value += shift[None, :]
+        value = _activate(value, ACTIVATION)
+        # Images are [n, outputs, positions]; without positions, that is [n, outputs].
+        if CONVOLUTION:
+            begin = (row // positions).to(tl.int64) * positions * outputs + row % positions
+            places = begin[:, None] + o.to(tl.int64)[None, :] * positions
+        else:
+            places = row.to(tl.int64)[:, None] * outputs + o[None, :]
+        tl.store(
+            out + places,
+            value.to(out.dtype.element_ty),
+            mask=(row < rows)[:, None] & (o < outputs)[None, :],
+        )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """How a convolution reads: already padded images, kernel and steps as (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    size: tuple[int, int]
+    """Of what comes out."""
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """Which numbers multiply the weights and the bias, and where they lie in a direction."""
+
+    seed: int
+    stream: int
+    ids: npt.NDArray[np.int64] | Tensor
+    antithetic: bool
+    offset: int
+    bias_offset: int
+    scale: Tensor | None
+    bias_scale: Tensor | None
+
+
+def perturbed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficient: npt.NDArray[np.float64] | Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    offset: int = 0,
+    bias_offset: int | None = None,
+    scale: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    antithetic: bool = False,
+    activation: str | None = None,
+    precision: str = "tf32",
+) -> Tensor:
+    """See :func:`fastvol._reference.perturbed.perturbed_linear`."""
+    after = offset + weight.numel() if bias_offset is None else bias_offset
+    directions = _Directions(
+        seed, stream, ids, antithetic, offset, after, scale, bias_scale
+    )
+    return _layer(
+        x, weight.shape, weight, bias, bias is not None, coefficient, directions, activation,
+        precision, None,
+    )
+
+
+def direction_linear(
+    x: Tensor,
+    outputs: int,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    bias: bool = False,
+    offset: int = 0,
+    bias_offset: int | None = None,
+    scale: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    antithetic: bool = False,
+    precision: str = "tf32",
+) -> Tensor:
+    """See :func:`fastvol._reference.perturbed.direction_linear`."""
+    shape = torch.Size((outputs, x.shape[-1]))
+    after = offset + shape.numel() if bias_offset is None else bias_offset
+    directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
+    return _layer(x, shape, None, None, bias, None, directions, None, precision, None)
+
+
+def perturbed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficient: npt.NDArray[np.float64] | Tensor,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    offset: int = 0,
+    bias_offset: int | None = None,
+    scale: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    antithetic: bool = False,
+    activation: str | None = None,
+    precision: str = "tf32",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """See :func:`fastvol._reference.perturbed.perturbed_conv2d`.
+
+    The patches of the images are gathered as they are multiplied; only the padding is copied.
+    With ``groups`` above 1 a tile of the matrix unit would be mostly empty: the reference runs.
+    """
+    if groups != 1:
+        return reference.perturbed_conv2d(
+            x, weight, bias, on_host(coefficient), seed, stream, on_host(ids), offset=offset,
+            bias_offset=bias_offset, scale=scale, bias_scale=bias_scale, antithetic=antithetic,
+            activation=activation, precision=precision, stride=stride, padding=padding,
+            dilation=dilation, groups=groups,
+        )
+    x, images = _images(x, weight.shape, stride, padding, dilation)
+    after = offset + weight.numel() if bias_offset is None else bias_offset
+    directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
+    return _layer(
+        x, weight.shape, weight, bias, bias is not None, coefficient, directions, activation,
+        precision, images,
+    )
+
+
+def direction_conv2d(
+    x: Tensor,
+    shape: Sequence[int],
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64] | Tensor,
+    *,
+    bias: bool = False,
+    offset: int = 0,
+    bias_offset: int | None = None,
+    scale: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    antithetic: bool = False,
+    precision: str = "tf32",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """See :func:`fastvol._reference.perturbed.direction_conv2d`."""
+    if groups != 1:
+        return reference.direction_conv2d(
+            x, shape, seed, stream, on_host(ids), bias=bias, offset=offset,
+            bias_offset=bias_offset, scale=scale, bias_scale=bias_scale, antithetic=antithetic,
+            precision=precision, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        )
+    size = torch.Size(shape)
+    x, images = _images(x, size, stride, padding, dilation)
+    after = offset + size.numel() if bias_offset is None else bias_offset
+    directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
+    return _layer(x, size, None, None, bias, None, directions, None, precision, images)
+
+
+def _layer(
+    x: Tensor,
+    shape: torch.Size,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    has_bias: bool,
+    coefficient: npt.NDArray[np.float64] | Tensor | None,
+    directions: _Directions,
+    activation: str | None,
+    precision: str,
+    images: _Images | None,
+) -> Tensor:
+    outputs, inputs = shape[0], shape[1:].numel()
+    ids = per_lane(directions.ids, torch.int64, x.device)
+    lanes = len(ids)
+    x, of_lane = _with_lanes(x, lanes, 3 if images is None else 5)
+    _check(x, shape, weight, bias, directions, activation, precision, images)
+    if images is None:
+        rows, size = x.shape[1], ()
+    else:
+        rows, size = x.shape[1] * math.prod(images.size), images.size
+    out = torch.empty((lanes, x.shape[1], outputs, *size), dtype=x.dtype, device=x.device)
+    scale = directions.scale
+    alone = images is None
+    emulated = interpreted(linear_kernel)
+    unused = x
+    launch(
+        linear_kernel,
+        lambda meta: (lanes * _programs(rows, outputs, inputs, meta),),
+        {
+            "out": out,
+            "x": x,
+            "weight": unused if weight is None else weight,
+            "bias": unused if bias is None else bias,
+            "scale": unused if scale is None else scale,
+            "bias_scale": unused if directions.bias_scale is None else directions.bias_scale,
+            "coefficient": (
+                ids if coefficient is None else per_lane(coefficient, torch.float64, x.device)
+            ),
+            "ids": ids,
+            "seed_low": signed_word(directions.seed),
+            "seed_high": signed_word(directions.seed >> 32),
+            "stream": signed_word(directions.stream),
+            "offset": directions.offset,
+            "bias_offset": directions.bias_offset,
+            "rows": rows,
+            "outputs": outputs,
+            "inputs": inputs,
+            "lanes": lanes,
+            "x_lane": x.stride(0) if of_lane else 0,
+            "x_row": x.stride(1),
+            "x_channel": 0 if alone else x.stride(2),
+            "x_height": 0 if alone else x.stride(3),
+            "x_width": 0 if alone else x.stride(4),
+            "positions": 1 if images is None else math.prod(images.size),
+            "width": 1 if images is None else images.size[1],
+            "stride_height": 1 if images is None else images.stride[0],
+            "stride_width": 1 if images is None else images.stride[1],
+            "dilation_height": 1 if images is None else images.dilation[0],
+            "dilation_width": 1 if images is None else images.dilation[1],
+            "bucket_rows": bucket(rows),
+            "bucket_outputs": bucket(outputs),
+            "bucket_inputs": bucket(inputs),
+            "KERNEL_HEIGHT": 1 if images is None else images.kernel[0],
+            "KERNEL_WIDTH": 1 if images is None else images.kernel[1],
+            "CONVOLUTION": images is not None,
+            "ANTITHETIC": directions.antithetic,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": has_bias,
+            "HAS_COEFFICIENT": coefficient is not None,
+            "SCALE": None if scale is None else "row" if scale.dim() == 1 else "element",
+            "HAS_BIAS_SCALE": directions.bias_scale is not None,
+            "PHASES": _phases(inputs),
+            "ALIGNED": directions.offset % 4 == 0 and inputs % 4 == 0,
+            "ACTIVATION": activation,
+            "PRECISION": _INPUT_PRECISION[_spelled(precision, x.device)],
+            "BF16": precision == "bf16",
+            "ROUND_ONLY": emulated,
+        },
+        fixed=_fixed(rows, outputs, precision, emulated),
+        candidates=_CANDIDATES,
+        key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
+    )
+    return out
+
+
+def _phases(inputs: int) -> int:
+    """How many rows of a weight follow each other until one begins like the first in a block."""
+    return 4 // math.gcd(inputs, 4)
+
+
+def _programs(rows: int, outputs: int, inputs: int, meta: Mapping[str, Any]) -> int:
+    phases = _phases(inputs)
+    output_tiles = phases * triton.cdiv(triton.cdiv(outputs, phases), meta["OUTPUTS"])
+    return int(output_tiles * triton.cdiv(rows, meta["ROWS"] * meta["PARTS"]))
+
+
+def _spelled(precision: str, device: torch.device) -> str:
+    if precision != "fp32":
+        return precision
+    # Three products of tf32 are float32-grade, and several times as fast where they exist.
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _config(rows: int, parts: int, outputs: int, inputs: int, warps: int) -> triton.Config:
+    sizes = {"ROWS": rows, "PARTS": parts, "OUTPUTS": outputs, "INPUTS": inputs}
+    return triton.Config(sizes, num_warps=warps, num_stages=2)
+
+
+@functools.cache
+def _fixed(rows: int, outputs: int, precision: str, emulated: bool) -> triton.Config:
+    if emulated:
+        # Small enough that awkward sizes meet every edge.
+        return _config(32, 2, 16, 32, 4)
+    inputs = 64 if precision == "bf16" else 32
+    tile = 64 if rows <= 64 else 128
+    parts = min(triton.cdiv(rows, tile), 4)
+    return _config(tile, parts, 32 if outputs > 16 else 16, inputs, 4)
+
+
+_CANDIDATES = tuple(
+    _config(128, parts, outputs, inputs, warps)
+    for parts, outputs, inputs, warps in (
+        (1, 64, 32, 4),
+        (1, 64, 64, 8),
+        (2, 64, 32, 4),
+        (2, 64, 64, 8),
+        (3, 64, 64, 8),
+        (5, 32, 64, 8),
+    )
+)
+
+
+def _with_lanes(x: Tensor, lanes: int, dim: int) -> tuple[Tensor, bool]:
+    """x with an axis of lanes, and whether the lanes differ."""
+    if x.dim() == dim - 1:
+        return x[None], False
+    if x.dim() != dim or len(x) != lanes:
+        raise ValueError(
+            f"x must have {dim - 1} axes, or {dim} of which the first counts the {lanes} lanes, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x, True
+
+
+def _images(
+    x: Tensor,
+    shape: torch.Size,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> tuple[Tensor, _Images]:
+    """The padded images, and how they are read."""
+    (up, left), steps, spread = _pair(padding), _pair(stride), _pair(dilation)
+    kernel = (shape[2], shape[3])
+    if up or left:
+        x = F.pad(x, (left, left, up, up))
+    size = tuple(
+        (x.shape[axis] - spread[axis] * (kernel[axis] - 1) - 1) // steps[axis] + 1
+        for axis in (-2, -1)
+    )
+    if min(size) < 1:
+        raise ValueError(f"x is smaller than the kernel {kernel}, got shape {tuple(x.shape)}")
+    return x, _Images(kernel, steps, spread, (size[0], size[1]))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _check(
+    x: Tensor,
+    shape: torch.Size,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    directions: _Directions,
+    activation: str | None,
+    precision: str,
+    images: _Images | None,
+) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    wanted = shape[1]
+    axis = 2
+    if x.shape[axis] != wanted:
+        raise ValueError(f"x must have {wanted} inputs, got shape {tuple(x.shape)}")
+    if images is None and x.stride(2) != 1 and wanted > 1:
+        raise ValueError(f"the inputs of a row of x must lie side by side, got strides {x.stride()}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {activation!r}")
+    if precision not in (*_INPUT_PRECISION, "fp32"):
+        known = (*_INPUT_PRECISION, "fp32")
+        raise ValueError(f"precision must be one of {known}, got {precision!r}")
+    named = {"weight": weight, "bias": bias, "bias_scale": directions.bias_scale}
+    shapes = {"weight": tuple(shape), "bias": (shape[0],), "bias_scale": (shape[0],)}
+    for name, tensor in named.items():
+        if tensor is not None and (
+            tuple(tensor.shape) != shapes[name] or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be contiguous of shape {shapes[name]}, got {tuple(tensor.shape)}"
+            )
+    scale = directions.scale
+    if scale is not None and (
+        tuple(scale.shape) not in (tuple(shape), (shape[0],)) or not scale.is_contiguous()
+    ):
+        raise ValueError(
+            f"scale must be contiguous of shape {tuple(shape)} or {(shape[0],)}, got "
+            f"{tuple(scale.shape)}"
+        )
