@@ -63,8 +63,17 @@ def perturbed_linear(
             least in float32.
     """
     change, shift = _changes(
-        weight.shape, seed, stream, ids, bias is not None, offset, bias_offset, scale, bias_scale,
-        antithetic, _working(x),
+        weight.shape,
+        seed,
+        stream,
+        ids,
+        bias is not None,
+        offset,
+        bias_offset,
+        scale,
+        bias_scale,
+        antithetic,
+        _working(x),
     )
     weights, biases = _on_rays(weight, bias, coefficient, change, shift)
     return _activated(_linear(x, weights, biases, precision), activation).to(x.dtype)
@@ -97,7 +106,16 @@ def direction_linear(
     """
     shape = torch.Size((outputs, x.shape[-1]))
     change, shift = _changes(
-        shape, seed, stream, ids, bias, offset, bias_offset, scale, bias_scale, antithetic,
+        shape,
+        seed,
+        stream,
+        ids,
+        bias,
+        offset,
+        bias_offset,
+        scale,
+        bias_scale,
+        antithetic,
         _working(x),
     )
     return _linear(x, change, shift, precision).to(x.dtype)
@@ -135,8 +153,17 @@ def perturbed_conv2d(
         stride, padding, dilation, groups: as for :func:`torch.nn.functional.conv2d`.
     """
     change, shift = _changes(
-        weight.shape, seed, stream, ids, bias is not None, offset, bias_offset, scale, bias_scale,
-        antithetic, _working(x),
+        weight.shape,
+        seed,
+        stream,
+        ids,
+        bias is not None,
+        offset,
+        bias_offset,
+        scale,
+        bias_scale,
+        antithetic,
+        _working(x),
     )
     weights, biases = _on_rays(weight, bias, coefficient, change, shift)
     result = _conv2d(x, weights, biases, precision, stride, padding, dilation, groups)
@@ -171,8 +198,17 @@ def direction_conv2d(
         bias_scale, antithetic, precision: likewise.
     """
     change, shift = _changes(
-        torch.Size(shape), seed, stream, ids, bias, offset, bias_offset, scale, bias_scale,
-        antithetic, _working(x),
+        torch.Size(shape),
+        seed,
+        stream,
+        ids,
+        bias,
+        offset,
+        bias_offset,
+        scale,
+        bias_scale,
+        antithetic,
+        _working(x),
     )
     return _conv2d(x, change, shift, precision, stride, padding, dilation, groups).to(x.dtype)
 

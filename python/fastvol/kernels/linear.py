@@ -51,7 +51,7 @@ _UNSPECIALISED = [
 
 
 @triton.jit
-def _activate(x: Any, ACTIVATION: tl.constexpr) -> Any:
+def _activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """By exponentials and erf alone, which every backend of Triton has."""
     if ACTIVATION == "relu":
         # Not a maximum, which would hide a NaN.
@@ -72,37 +72,37 @@ def _activate(x: Any, ACTIVATION: tl.constexpr) -> Any:
 
 @triton.jit
 def linear_kernel(
-    out: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    scale: Any,
-    bias_scale: Any,
-    coefficient: Any,
-    ids: Any,
-    seed_low: Any,
-    seed_high: Any,
-    stream: Any,
-    offset: Any,
-    bias_offset: Any,
-    rows: Any,
-    outputs: Any,
-    inputs: Any,
-    lanes: Any,
-    x_lane: Any,
-    x_row: Any,
-    x_channel: Any,
-    x_height: Any,
-    x_width: Any,
-    positions: Any,
-    width: Any,
-    stride_height: Any,
-    stride_width: Any,
-    dilation_height: Any,
-    dilation_width: Any,
-    bucket_rows: Any,
-    bucket_outputs: Any,
-    bucket_inputs: Any,
+    out: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    scale: tl.tensor,
+    bias_scale: tl.tensor,
+    coefficient: tl.tensor,
+    ids: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    stream: tl.tensor,
+    offset: tl.tensor,
+    bias_offset: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    lanes: tl.tensor,
+    x_lane: tl.tensor,
+    x_row: tl.tensor,
+    x_channel: tl.tensor,
+    x_height: tl.tensor,
+    x_width: tl.tensor,
+    positions: tl.tensor,
+    width: tl.tensor,
+    stride_height: tl.tensor,
+    stride_width: tl.tensor,
+    dilation_height: tl.tensor,
+    dilation_width: tl.tensor,
+    bucket_rows: tl.tensor,
+    bucket_outputs: tl.tensor,
+    bucket_inputs: tl.tensor,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
     CONVOLUTION: tl.constexpr,
@@ -153,15 +153,27 @@ def linear_kernel(
     x += lane.to(tl.int64) * x_lane
     m = row_tile * (ROWS * PARTS) + tl.arange(0, ROWS)
     totals = ()
-    for _ in tl.static_range(PARTS):
+    begins = ()
+    for part in tl.static_range(PARTS):
         totals = totals + (tl.zeros([ROWS, OUTPUTS], tl.float32),)
+        row = m + part * ROWS
+        if CONVOLUTION:
+            at = row % positions
+            begin = (
+                (row // positions) * x_row
+                + (at // width) * stride_height * x_height
+                + (at % width) * stride_width * x_width
+            )
+        else:
+            begin = row * x_row
+        begins = begins + (begin,)
     for start in range(0, inputs + phase, INPUTS):
         blocks = block[:, None] + ((start // 4) + tl.arange(0, INPUTS // 4)).to(tl.uint32)[None, :]
         z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, False)
         z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(OUTPUTS, INPUTS)
         i = start + tl.arange(0, INPUTS) - phase
         real = (i >= 0) & (i < inputs)
-        place = o.to(tl.int64)[:, None] * inputs + i[None, :]
+        place = (o * inputs)[:, None] + i[None, :]
         exists = (o < outputs)[:, None] & real[None, :]
         if SCALE == "element":
             z = z * tl.load(scale + place, mask=exists, other=0.0).to(tl.float32)
@@ -169,33 +181,22 @@ def linear_kernel(
         if HAS_WEIGHT:
             w += tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)
         if CONVOLUTION:
-            channel = i // (KERNEL_HEIGHT * KERNEL_WIDTH)
             tap = i % (KERNEL_HEIGHT * KERNEL_WIDTH)
             column = (
-                channel.to(tl.int64) * x_channel
+                (i // (KERNEL_HEIGHT * KERNEL_WIDTH)) * x_channel
                 + (tap // KERNEL_WIDTH) * dilation_height * x_height
                 + (tap % KERNEL_WIDTH) * dilation_width * x_width
             )
         else:
-            column = i.to(tl.int64)
+            column = i
         if BF16:
             w = to_bfloat16_and_back(w) if ROUND_ONLY else w.to(tl.bfloat16)
         w = tl.trans(w)
         sums = ()
         for part in tl.static_range(PARTS):
-            row = m + part * ROWS
-            if CONVOLUTION:
-                at = row % positions
-                begin = (
-                    (row // positions).to(tl.int64) * x_row
-                    + ((at // width) * stride_height).to(tl.int64) * x_height
-                    + ((at % width) * stride_width).to(tl.int64) * x_width
-                )
-            else:
-                begin = row.to(tl.int64) * x_row
             given = tl.load(
-                x + begin[:, None] + column[None, :],
-                mask=(row < rows)[:, None] & real[None, :],
+                x + (begins[part][:, None] + column[None, :]),
+                mask=(m + part * ROWS < rows)[:, None] & real[None, :],
                 other=0.0,
             )
             if BF16:
@@ -229,10 +230,10 @@ def linear_kernel(
         value = _activate(value, ACTIVATION)
         # Images are [n, outputs, positions]; without positions, that is [n, outputs].
         if CONVOLUTION:
-            begin = (row // positions).to(tl.int64) * positions * outputs + row % positions
-            places = begin[:, None] + o.to(tl.int64)[None, :] * positions
+            begin = (row // positions) * (positions * outputs) + row % positions
+            places = begin[:, None] + (o * positions)[None, :]
         else:
-            places = row.to(tl.int64)[:, None] * outputs + o[None, :]
+            places = (row * outputs)[:, None] + o[None, :]
         tl.store(
             out + places,
             value.to(out.dtype.element_ty),
@@ -284,12 +285,18 @@ def perturbed_linear(
 ) -> Tensor:
     """See :func:`fastvol._reference.perturbed.perturbed_linear`."""
     after = offset + weight.numel() if bias_offset is None else bias_offset
-    directions = _Directions(
-        seed, stream, ids, antithetic, offset, after, scale, bias_scale
-    )
+    directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
     return _layer(
-        x, weight.shape, weight, bias, bias is not None, coefficient, directions, activation,
-        precision, None,
+        x,
+        weight.shape,
+        weight,
+        bias,
+        bias is not None,
+        coefficient,
+        directions,
+        activation,
+        precision,
+        None,
     )
 
 
@@ -343,17 +350,39 @@ def perturbed_conv2d(
     """
     if groups != 1:
         return reference.perturbed_conv2d(
-            x, weight, bias, on_host(coefficient), seed, stream, on_host(ids), offset=offset,
-            bias_offset=bias_offset, scale=scale, bias_scale=bias_scale, antithetic=antithetic,
-            activation=activation, precision=precision, stride=stride, padding=padding,
-            dilation=dilation, groups=groups,
+            x,
+            weight,
+            bias,
+            on_host(coefficient),
+            seed,
+            stream,
+            on_host(ids),
+            offset=offset,
+            bias_offset=bias_offset,
+            scale=scale,
+            bias_scale=bias_scale,
+            antithetic=antithetic,
+            activation=activation,
+            precision=precision,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
         )
     x, images = _images(x, weight.shape, stride, padding, dilation)
     after = offset + weight.numel() if bias_offset is None else bias_offset
     directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
     return _layer(
-        x, weight.shape, weight, bias, bias is not None, coefficient, directions, activation,
-        precision, images,
+        x,
+        weight.shape,
+        weight,
+        bias,
+        bias is not None,
+        coefficient,
+        directions,
+        activation,
+        precision,
+        images,
     )
 
 
@@ -379,9 +408,22 @@ def direction_conv2d(
     """See :func:`fastvol._reference.perturbed.direction_conv2d`."""
     if groups != 1:
         return reference.direction_conv2d(
-            x, shape, seed, stream, on_host(ids), bias=bias, offset=offset,
-            bias_offset=bias_offset, scale=scale, bias_scale=bias_scale, antithetic=antithetic,
-            precision=precision, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            x,
+            shape,
+            seed,
+            stream,
+            on_host(ids),
+            bias=bias,
+            offset=offset,
+            bias_offset=bias_offset,
+            scale=scale,
+            bias_scale=bias_scale,
+            antithetic=antithetic,
+            precision=precision,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
         )
     size = torch.Size(shape)
     x, images = _images(x, size, stride, padding, dilation)
@@ -577,7 +619,9 @@ def _check(
     if x.shape[axis] != wanted:
         raise ValueError(f"x must have {wanted} inputs, got shape {tuple(x.shape)}")
     if images is None and x.stride(2) != 1 and wanted > 1:
-        raise ValueError(f"the inputs of a row of x must lie side by side, got strides {x.stride()}")
+        raise ValueError(
+            f"the inputs of a row of x must lie side by side, got strides {x.stride()}"
+        )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {activation!r}")
     if precision not in (*_INPUT_PRECISION, "fp32"):

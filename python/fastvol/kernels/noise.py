@@ -6,7 +6,8 @@ in registers: nothing is read but what is added or multiplied, and nothing writt
 
 from __future__ import annotations
 
-from typing import Any
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -19,85 +20,95 @@ from .launch import bucket, launch, per_lane, signed_word
 from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "tiles", "bucket"]
+_UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "tiles", "bucket", "row_stride"]
 # Tiles that one program sums up; it fixes the order of a sum, so it is never tuned.
 _TILES_A_SUM = 8
 
 
 @triton.jit
-def _flat(z0: Any, z1: Any, z2: Any, z3: Any, BLOCKS: tl.constexpr) -> Any:
+def _flat(
+    z0: tl.tensor, z1: tl.tensor, z2: tl.tensor, z3: tl.tensor, BLOCKS: tl.constexpr
+) -> tl.tensor:
     """Coordinates in order; what one thread has made stays with it."""
     return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * BLOCKS)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def perturb_kernel(
-    out: Any,
-    theta0: Any,
-    scale: Any,
-    coefficient: Any,
-    ids: Any,
-    seed_low: Any,
-    seed_high: Any,
-    stream: Any,
-    d: Any,
-    row_stride: Any,
-    lanes: Any,
-    bucket: Any,
+    out: tl.tensor,
+    theta0: tl.tensor,
+    scale: tl.tensor,
+    coefficient: tl.tensor,
+    ids: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    stream: tl.tensor,
+    d: tl.tensor,
+    row_stride: tl.tensor,
+    lanes: tl.tensor,
+    bucket: tl.tensor,
     ANTITHETIC: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     DOUBLE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
     """One tile of one row; lanes are innermost, so that they read the same θ₀ together."""
     WORK: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     lane = tl.program_id(0) % lanes
-    tile = (tl.program_id(0) // lanes).to(tl.int64)
+    tile = tl.program_id(0) // lanes
     vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
     c = tl.load(coefficient + lane).to(WORK) * sign
-    blocks = tile.to(tl.uint32) * BLOCKS + tl.arange(0, BLOCKS).to(tl.uint32)
-    index = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
-    row = out + lane.to(tl.int64) * row_stride
-    # A bound that is a multiple of 4 lets four neighbours move in one access; the rest of a row,
-    # three at the most, is done apart.
-    whole = (d // 4) * 4
-    inside = index < whole
-    start = tl.load(theta0 + index, mask=inside, other=0.0).to(WORK)
+    first = tile.to(tl.int64) * (4 * BLOCKS)
+    index = tl.arange(0, 4 * BLOCKS)
+    inside = index < d - first
+    is_whole = first + 4 * BLOCKS <= d
+    theta0 += first
+    scale += first
+    # Masks would be computed, and accesses split, for every number: only a last tile has them.
+    if is_whole:
+        start = tl.load(theta0 + index).to(WORK)
+    else:
+        start = tl.load(theta0 + index, mask=inside, other=0.0).to(WORK)
     if HAS_SCALE:
-        step = c * tl.load(scale + index, mask=inside, other=0.0).to(WORK)
+        if is_whole:
+            s = tl.load(scale + index).to(WORK)
+        else:
+            s = tl.load(scale + index, mask=inside, other=0.0).to(WORK)
+        step = c * s
     else:
         step = c
+    blocks = (tile * BLOCKS + tl.arange(0, BLOCKS)).to(tl.uint32)
     z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, DOUBLE)
-    z = _flat(z0, z1, z2, z3, BLOCKS)
-    tl.store(row + index, (start + step * z).to(out.dtype.element_ty), mask=inside)
-    if (tile + 1) * (4 * BLOCKS) > whole:
-        rest = (index >= whole) & (index < d)
-        start = tl.load(theta0 + index, mask=rest, other=0.0).to(WORK)
-        if HAS_SCALE:
-            step = c * tl.load(scale + index, mask=rest, other=0.0).to(WORK)
-        tl.store(row + index, (start + step * z).to(out.dtype.element_ty), mask=rest)
+    value = (start + step * _flat(z0, z1, z2, z3, BLOCKS)).to(out.dtype.element_ty)
+    row = out + (lane.to(tl.int64) * row_stride * ALIGN + first)
+    if is_whole:
+        tl.store(row + index, value)
+    else:
+        tl.store(row + index, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def normals_kernel(
-    out: Any,
-    scale: Any,
-    project: Any,
-    squares: Any,
-    dots: Any,
-    ids: Any,
-    seed_low: Any,
-    seed_high: Any,
-    stream: Any,
-    d: Any,
-    row_stride: Any,
-    lanes: Any,
-    tiles: Any,
+    out: tl.tensor,
+    scale: tl.tensor,
+    project: tl.tensor,
+    squares: tl.tensor,
+    dots: tl.tensor,
+    ids: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    stream: tl.tensor,
+    d: tl.tensor,
+    row_stride: tl.tensor,
+    lanes: tl.tensor,
+    tiles: tl.tensor,
     ANTITHETIC: tl.constexpr,
     STORE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_PROJECT: tl.constexpr,
     DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
@@ -107,13 +118,15 @@ def normals_kernel(
     lane = tl.program_id(0) % lanes
     part = tl.program_id(0) // lanes
     vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
-    whole = (d // 4) * 4
+    row = out + lane.to(tl.int64) * row_stride * ALIGN
     square = tl.zeros([BLOCKS], tl.float64)
     dot = tl.zeros([BLOCKS], tl.float64)
     for i in range(tl.minimum(TILES, tiles - part * TILES)):
-        tile = part.to(tl.int64) * TILES + i
-        offsets = tl.arange(0, BLOCKS)
-        blocks = tile.to(tl.uint32) * BLOCKS + offsets.to(tl.uint32)
+        tile = part * TILES + i
+        first = tile.to(tl.int64) * (4 * BLOCKS)
+        is_whole = first + 4 * BLOCKS <= d
+        block = tl.arange(0, BLOCKS)
+        blocks = (tile * BLOCKS + block).to(tl.uint32)
         z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, DOUBLE)
         if DTYPE == "bfloat16":
             z0, z1 = to_bfloat16_and_back(z0), to_bfloat16_and_back(z1)
@@ -121,37 +134,37 @@ def normals_kernel(
         elif DTYPE == "float16":
             z0, z1 = z0.to(tl.float16).to(tl.float32), z1.to(tl.float16).to(tl.float32)
             z2, z3 = z2.to(tl.float16).to(tl.float32), z3.to(tl.float16).to(tl.float32)
-        first = tile * (4 * BLOCKS) + 4 * offsets
-        # What a row has no room for counts for nothing.
-        z0 = tl.where(first < d, z0, 0.0)
-        z1 = tl.where(first + 1 < d, z1, 0.0)
-        z2 = tl.where(first + 2 < d, z2, 0.0)
-        z3 = tl.where(first + 3 < d, z3, 0.0)
+        if not is_whole:
+            # What a row has no room for counts for nothing.
+            room = d - first - 4 * block
+            z0 = tl.where(room > 0, z0, 0.0)
+            z1 = tl.where(room > 1, z1, 0.0)
+            z2 = tl.where(room > 2, z2, 0.0)
+            z3 = tl.where(room > 3, z3, 0.0)
         # Four squares in the arithmetic of z: their rounding is without bias, and far below the
         # error that d of them average to.
         square += ((z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)).to(tl.float64)
+        index = tl.arange(0, 4 * BLOCKS)
+        inside = index < d - first
+        z = _flat(z0, z1, z2, z3, BLOCKS)
         if HAS_PROJECT:
-            p = project + first
-            dot += z0.to(tl.float64) * tl.load(p, mask=first < d, other=0.0)
-            dot += z1.to(tl.float64) * tl.load(p + 1, mask=first + 1 < d, other=0.0)
-            dot += z2.to(tl.float64) * tl.load(p + 2, mask=first + 2 < d, other=0.0)
-            dot += z3.to(tl.float64) * tl.load(p + 3, mask=first + 3 < d, other=0.0)
+            other = tl.load(project + first + index, mask=inside, other=0.0)
+            products = z.to(tl.float64) * other
+            dot += tl.sum(products.reshape(BLOCKS, 4), axis=1)
         if STORE:
-            index = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
-            row = out + lane.to(tl.int64) * row_stride
-            z = _flat(z0, z1, z2, z3, BLOCKS)
             if ANTITHETIC:
                 z = z * sign
-            inside = index < whole
-            value = z
             if HAS_SCALE:
-                value = z * tl.load(scale + index, mask=inside, other=0.0).to(WORK)
-            tl.store(row + index, value.to(out.dtype.element_ty), mask=inside)
-            if (tile + 1) * (4 * BLOCKS) > whole:
-                rest = (index >= whole) & (index < d)
-                if HAS_SCALE:
-                    value = z * tl.load(scale + index, mask=rest, other=0.0).to(WORK)
-                tl.store(row + index, value.to(out.dtype.element_ty), mask=rest)
+                if is_whole:
+                    s = tl.load(scale + first + index).to(WORK)
+                else:
+                    s = tl.load(scale + first + index, mask=inside, other=0.0).to(WORK)
+                z = z * s
+            value = z.to(out.dtype.element_ty)
+            if is_whole:
+                tl.store(row + first + index, value)
+            else:
+                tl.store(row + first + index, value, mask=inside)
     parts = tl.cdiv(tiles, TILES)
     place = lane.to(tl.int64) * parts + part
     tl.store(squares + place, tl.sum(square, axis=0))
@@ -238,6 +251,7 @@ def _normals(
     if project is not None and project.dtype != torch.float64:
         raise ValueError(f"project must be float64, got {project.dtype}")
     fixed = triton.Config({"BLOCKS": 256, "TILES": _TILES_A_SUM}, num_warps=4, num_stages=1)
+    align = 1 if out is None else _alignment(out)
     tiles = triton.cdiv(d, 4 * fixed.kwargs["BLOCKS"])
     parts = triton.cdiv(tiles, _TILES_A_SUM)
     squares = torch.empty((lanes, parts), dtype=torch.float64, device=ids.device)
@@ -256,7 +270,7 @@ def _normals(
             "seed_high": signed_word(seed >> 32),
             "stream": signed_word(stream),
             "d": d,
-            "row_stride": 0 if out is None else out.stride(0),
+            "row_stride": 0 if out is None else out.stride(0) // align,
             "lanes": lanes,
             "tiles": tiles,
             "ANTITHETIC": antithetic,
@@ -264,6 +278,7 @@ def _normals(
             "HAS_SCALE": scale is not None,
             "HAS_PROJECT": project is not None,
             "DTYPE": str(dtype).removeprefix("torch."),
+            "ALIGN": align,
         },
         fixed=fixed,
     )
@@ -285,7 +300,7 @@ def perturb(
 ) -> None:
     """See :func:`fastvol._reference.noise.perturb`; ``coefficient`` and ``ids`` may be tensors.
 
-    Rows whose stride is a multiple of 16 elements are written fastest.
+    Rows whose stride is a multiple of four elements are written fastest.
     """
     del threads
     _check_rows(out)
@@ -293,6 +308,7 @@ def perturb(
     _check_vector("theta0", theta0, d)
     _check_vector("scale", scale, d)
     double = out.dtype == torch.float64
+    align = _alignment(out)
     launch(
         perturb_kernel,
         lambda meta: (lanes * triton.cdiv(d, 4 * meta["BLOCKS"]),),
@@ -306,12 +322,13 @@ def perturb(
             "seed_high": signed_word(seed >> 32),
             "stream": signed_word(stream),
             "d": d,
-            "row_stride": out.stride(0),
+            "row_stride": out.stride(0) // align,
             "lanes": lanes,
             "bucket": bucket(d),
             "ANTITHETIC": antithetic,
             "HAS_SCALE": scale is not None,
             "DOUBLE": double,
+            "ALIGN": align,
         },
         fixed=_PERTURB,
         candidates=_PERTURB_CANDIDATES,
@@ -324,6 +341,11 @@ _PERTURB_CANDIDATES = tuple(
     triton.Config({"BLOCKS": blocks}, num_warps=warps, num_stages=1)
     for blocks, warps in ((256, 4), (512, 8), (1024, 4), (1024, 8))
 )
+
+
+def _alignment(out: Tensor) -> int:
+    """How many neighbours of every row can be written at once."""
+    return math.gcd(out.stride(0), 4)
 
 
 def _check_rows(out: Tensor) -> None:

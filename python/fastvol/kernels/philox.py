@@ -12,14 +12,12 @@ logarithm, 6e-7·radius from the sine and 5e-8·radius from the cosine, where th
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def multiply_wide(a: Any, multiplier: tl.constexpr) -> Any:
+def multiply_wide(a: tl.tensor, multiplier: tl.constexpr) -> tl.tensor:
     """High and low words of a 32 × 32 bit product."""
     # One instruction where a high and a low product would be two.
     product = a.to(tl.uint64) * multiplier
@@ -27,7 +25,9 @@ def multiply_wide(a: Any, multiplier: tl.constexpr) -> Any:
 
 
 @triton.jit
-def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+def philox(
+    c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0: tl.tensor, k1: tl.tensor
+) -> tl.tensor:
     """The four words of some counters; all are uint32, and may be scalars or tensors.
 
     Only the coordinate block is a tensor as a rule: then the products that all blocks share, one in
@@ -48,7 +48,7 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @triton.jit
-def box_muller(length_word: Any, angle_word: Any) -> Any:
+def box_muller(length_word: tl.tensor, angle_word: tl.tensor) -> tl.tensor:
     """√(−2 ln u₀)·(cos 2πu₁, sin 2πu₁) in float32."""
     # u in [1, 2) less the number just below 1: exact.
     u = ((length_word >> 9) + 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
@@ -82,7 +82,7 @@ def box_muller(length_word: Any, angle_word: Any) -> Any:
 
 
 @triton.jit
-def box_muller_double(length_word: Any, angle_word: Any) -> Any:
+def box_muller_double(length_word: tl.tensor, angle_word: tl.tensor) -> tl.tensor:
     """The same in float64, |Δz| ≤ 1e-14."""
     # The word beside the exponent of 2⁵² is that much more than 2⁵².
     odd = ((length_word >> 8) | 1).to(tl.uint64) | 0x4330000000000000
@@ -133,7 +133,7 @@ def box_muller_double(length_word: Any, angle_word: Any) -> Any:
 
 
 @triton.jit
-def vector_of(direction: Any, ANTITHETIC: tl.constexpr) -> Any:
+def vector_of(direction: tl.tensor, ANTITHETIC: tl.constexpr) -> tl.tensor:
     """The vector of a direction, int64, and the direction's sign, float32."""
     if ANTITHETIC:
         return direction >> 1, 1.0 - 2.0 * (direction & 1).to(tl.float32)
@@ -143,8 +143,13 @@ def vector_of(direction: Any, ANTITHETIC: tl.constexpr) -> Any:
 
 @triton.jit
 def normals_of_blocks(
-    blocks: Any, seed_low: Any, seed_high: Any, stream: Any, vector: Any, DOUBLE: tl.constexpr
-) -> Any:
+    blocks: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    stream: tl.tensor,
+    vector: tl.tensor,
+    DOUBLE: tl.constexpr,
+) -> tl.tensor:
     """Coordinates 4b … 4b+3 of a vector, for a tensor of blocks b of any shape.
 
     Args:
@@ -170,9 +175,8 @@ def normals_of_blocks(
     return z0, z1, z2, z3
 
 
-
 @triton.jit
-def to_bfloat16_and_back(x: Any) -> Any:
+def to_bfloat16_and_back(x: tl.tensor) -> tl.tensor:
     """float32 rounded to the nearest bfloat16, ties to even; no NaN."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
