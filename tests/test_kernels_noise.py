@@ -10,13 +10,13 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from kernel_tolerances import NORMAL, assert_close, assert_reduced, point  # noqa: E402
 
 from fastvol import kernels  # noqa: E402
 from fastvol._reference import noise  # noqa: E402
 from fastvol.kernels import philox as device  # noqa: E402
 from fastvol.kernels.launch import interpreted, signed_word  # noqa: E402
 from fastvol.kernels.noise import perturb_kernel  # noqa: E402
-from kernel_tolerances import NORMAL, assert_close, assert_reduced, point  # noqa: E402
 
 INTERPRETED = interpreted(perturb_kernel)
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -88,7 +88,9 @@ def test_words_are_those_of_the_reference(seed, vector, stream):
     low, high = signed_word(seed), signed_word(seed >> 32)
     ids = torch.tensor([vector], device=DEVICE)
     _words_kernel[(1,)](out, blocks, ids, low, high, signed_word(stream), COUNT=64)
-    torch.testing.assert_close(out.cpu(), noise.philox(seed, stream, vector, first, 64), rtol=0, atol=0)
+    torch.testing.assert_close(
+        out.cpu(), noise.philox(seed, stream, vector, first, 64), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -229,9 +231,7 @@ def test_one_row_of_1e8_on_a_gpu():
     kernels.perturb(out, theta0, np.ones(1), SEED, STREAM, IDS[1:])
     for start in (0, 2**26, d - 4099):
         stop = min(start + 4099, d)
-        wanted = noise.coordinates(
-            SEED, STREAM, IDS[1:], start, stop, False, torch.device("cuda")
-        )
+        wanted = noise.coordinates(SEED, STREAM, IDS[1:], start, stop, False, torch.device("cuda"))
         assert_close(out[:, start:stop], wanted.float(), point(torch.float32))
     kernels.set_tuning(True)
     try:

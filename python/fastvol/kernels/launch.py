@@ -58,7 +58,7 @@ def launch(
             f"the kernels run on a GPU, and got tensors on {first.device}; use the functions of "
             "the same names in fastvol._reference"
         )
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
         if _tuning and candidates:
             _tuned(kernel, (fixed, *candidates), tuple(key))[grid](**arguments)
         else:

@@ -1,14 +1,14 @@
 """Layers whose weights lie on rays, the noise made in the tile that the matrix unit multiplies.
 
 The weights of a lane are W + c·s⊙Z: they exist in shared memory only, one tile at a time, and each
-tile serves all rows of a program. One Philox call makes the weights of four neighbouring inputs.
+tile serves all rows of a program. The filters of a convolution meet so many positions that theirs
+are made once and kept for the call. One Philox call makes the weights of four neighbouring inputs.
 Where a row of W begins inside a block of four coordinates, all rows that begin at the same place in
 theirs are taken together, and the inputs are shifted instead.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,14 +63,61 @@ def _activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
         t = (1.0 - e) / (1.0 + e)
         return tl.where(x < 0, -t, t)
     elif ACTIVATION == "silu":
-        return x / (1.0 + tl.exp(-x))
+        e = tl.exp(-tl.abs(x))
+        return x * tl.where(x < 0, e, 1.0) / (1.0 + e)
     elif ACTIVATION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-x))
+        e = tl.exp(-tl.abs(x))
+        return tl.where(x < 0, e, 1.0) / (1.0 + e)
     else:
         return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_UNSPECIALISED, "count", "inputs", "first_block", "phase"])
+def stage_kernel(
+    out: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    coefficient: tl.tensor,
+    ids: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    stream: tl.tensor,
+    first_block: tl.tensor,
+    phase: tl.tensor,
+    count: tl.tensor,
+    inputs: tl.tensor,
+    lanes: tl.tensor,
+    ANTITHETIC: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_COEFFICIENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """W + c·s⊙Z of one lane, one tile of it; W begins ``phase`` after its first block does."""
+    lane = tl.program_id(0) % lanes
+    tile = tl.program_id(0) // lanes
+    vector, sign = vector_of(tl.load(ids + lane), ANTITHETIC)
+    if HAS_COEFFICIENT:
+        c = tl.load(coefficient + lane).to(tl.float32) * sign
+    else:
+        c = sign
+    in_tile = (tile * BLOCKS + tl.arange(0, BLOCKS)).to(tl.uint32)
+    blocks = first_block.to(tl.uint32, bitcast=True) + in_tile
+    z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, False)
+    z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * BLOCKS)
+    index = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS) - phase
+    inside = (index >= 0) & (index < count)
+    if SCALE == "row":
+        z = z * tl.load(scale + index // inputs, mask=inside, other=0.0).to(tl.float32)
+    elif SCALE == "element":
+        z = z * tl.load(scale + index, mask=inside, other=0.0).to(tl.float32)
+    w = c * z
+    if HAS_WEIGHT:
+        w += tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + lane.to(tl.int64) * count + index, w, mask=inside)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def linear_kernel(
     out: tl.tensor,
     x: tl.tensor,
@@ -106,9 +153,11 @@ def linear_kernel(
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
     CONVOLUTION: tl.constexpr,
+    STAGED: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_OWN_BIAS: tl.constexpr,
     HAS_COEFFICIENT: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_BIAS_SCALE: tl.constexpr,
@@ -123,7 +172,10 @@ def linear_kernel(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ) -> None:
-    """PARTS tiles of ROWS rows of one lane, by one tile of outputs."""
+    """PARTS tiles of ROWS rows of one lane, by one tile of outputs.
+
+    With STAGED, ``weight`` holds the weights of every lane as they are.
+    """
     output_tiles = PHASES * tl.cdiv(tl.cdiv(outputs, PHASES), OUTPUTS)
     row_tiles = tl.cdiv(rows, ROWS * PARTS)
     program = tl.program_id(0)
@@ -151,11 +203,14 @@ def linear_kernel(
         step = c
 
     x += lane.to(tl.int64) * x_lane
+    if STAGED:
+        weight += lane.to(tl.int64) * outputs * inputs
     m = row_tile * (ROWS * PARTS) + tl.arange(0, ROWS)
-    totals = ()
-    begins = ()
+    # Triton knows no unpacking of tuples.
+    totals: tl.tuple = ()
+    begins: tl.tuple = ()
     for part in tl.static_range(PARTS):
-        totals = totals + (tl.zeros([ROWS, OUTPUTS], tl.float32),)
+        totals = totals + (tl.zeros([ROWS, OUTPUTS], tl.float32),)  # noqa: RUF005
         row = m + part * ROWS
         if CONVOLUTION:
             at = row % positions
@@ -166,20 +221,25 @@ def linear_kernel(
             )
         else:
             begin = row * x_row
-        begins = begins + (begin,)
+        begins = begins + (begin,)  # noqa: RUF005
     for start in range(0, inputs + phase, INPUTS):
-        blocks = block[:, None] + ((start // 4) + tl.arange(0, INPUTS // 4)).to(tl.uint32)[None, :]
-        z0, z1, z2, z3 = normals_of_blocks(blocks, seed_low, seed_high, stream, vector, False)
-        z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(OUTPUTS, INPUTS)
         i = start + tl.arange(0, INPUTS) - phase
         real = (i >= 0) & (i < inputs)
         place = (o * inputs)[:, None] + i[None, :]
         exists = (o < outputs)[:, None] & real[None, :]
-        if SCALE == "element":
-            z = z * tl.load(scale + place, mask=exists, other=0.0).to(tl.float32)
-        w = step * z
-        if HAS_WEIGHT:
-            w += tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)
+        if STAGED:
+            w = tl.load(weight + place, mask=exists, other=0.0)
+        else:
+            in_row = (start // 4 + tl.arange(0, INPUTS // 4)).to(tl.uint32)
+            z0, z1, z2, z3 = normals_of_blocks(
+                block[:, None] + in_row[None, :], seed_low, seed_high, stream, vector, False
+            )
+            z = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(OUTPUTS, INPUTS)
+            if SCALE == "element":
+                z = z * tl.load(scale + place, mask=exists, other=0.0).to(tl.float32)
+            w = step * z
+            if HAS_WEIGHT:
+                w += tl.load(weight + place, mask=exists, other=0.0).to(tl.float32)
         if CONVOLUTION:
             tap = i % (KERNEL_HEIGHT * KERNEL_WIDTH)
             column = (
@@ -192,7 +252,7 @@ def linear_kernel(
         if BF16:
             w = to_bfloat16_and_back(w) if ROUND_ONLY else w.to(tl.bfloat16)
         w = tl.trans(w)
-        sums = ()
+        sums: tl.tuple = ()
         for part in tl.static_range(PARTS):
             given = tl.load(
                 x + (begins[part][:, None] + column[None, :]),
@@ -205,7 +265,7 @@ def linear_kernel(
                     given = to_bfloat16_and_back(given)
             else:
                 given = given.to(tl.float32)
-            sums = sums + (tl.dot(given, w, totals[part], input_precision=PRECISION),)
+            sums = sums + (tl.dot(given, w, totals[part], input_precision=PRECISION),)  # noqa: RUF005
         totals = sums
 
     if HAS_BIAS:
@@ -219,12 +279,12 @@ def linear_kernel(
         )
         if HAS_BIAS_SCALE:
             shift *= tl.load(bias_scale + o, mask=o < outputs, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
+        if HAS_OWN_BIAS:
             shift += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)
     out += lane.to(tl.int64) * rows * outputs
     for part in tl.static_range(PARTS):
         row = m + part * ROWS
-        value = totals[part]
+        value: tl.tensor = totals[part]
         if HAS_BIAS:
             value += shift[None, :]
         value = _activate(value, ACTIVATION)
@@ -450,17 +510,23 @@ def _layer(
     x, of_lane = _with_lanes(x, lanes, 3 if images is None else 5)
     _check(x, shape, weight, bias, directions, activation, precision, images)
     if images is None:
-        rows, size = x.shape[1], ()
+        size: tuple[int, ...] = ()
     else:
-        rows, size = x.shape[1] * math.prod(images.size), images.size
+        size = images.size
+    rows = x.shape[1] * math.prod(size)
     out = torch.empty((lanes, x.shape[1], outputs, *size), dtype=x.dtype, device=x.device)
+    if rows * outputs >= 2**31:
+        raise ValueError(f"x must make fewer than 2³¹ outputs a lane, got {tuple(out.shape[1:])}")
     scale = directions.scale
+    kind = None if scale is None else "row" if scale.dim() == 1 else "element"
     alone = images is None
+    if not alone:
+        weight = _staged(weight, shape, coefficient, ids, directions, kind)
     emulated = interpreted(linear_kernel)
     unused = x
     launch(
         linear_kernel,
-        lambda meta: (lanes * _programs(rows, outputs, inputs, meta),),
+        lambda meta: (lanes * _programs(rows, outputs, _phases(inputs) if alone else 1, meta),),
         {
             "out": out,
             "x": x,
@@ -497,21 +563,23 @@ def _layer(
             "bucket_inputs": bucket(inputs),
             "KERNEL_HEIGHT": 1 if images is None else images.kernel[0],
             "KERNEL_WIDTH": 1 if images is None else images.kernel[1],
-            "CONVOLUTION": images is not None,
+            "CONVOLUTION": not alone,
+            "STAGED": not alone,
             "ANTITHETIC": directions.antithetic,
             "HAS_WEIGHT": weight is not None,
             "HAS_BIAS": has_bias,
+            "HAS_OWN_BIAS": bias is not None,
             "HAS_COEFFICIENT": coefficient is not None,
-            "SCALE": None if scale is None else "row" if scale.dim() == 1 else "element",
+            "SCALE": kind if alone else None,
             "HAS_BIAS_SCALE": directions.bias_scale is not None,
-            "PHASES": _phases(inputs),
-            "ALIGNED": directions.offset % 4 == 0 and inputs % 4 == 0,
+            "PHASES": _phases(inputs) if alone else 1,
+            "ALIGNED": not alone or (directions.offset % 4 == 0 and inputs % 4 == 0),
             "ACTIVATION": activation,
             "PRECISION": _INPUT_PRECISION[_spelled(precision, x.device)],
             "BF16": precision == "bf16",
             "ROUND_ONLY": emulated,
         },
-        fixed=_fixed(rows, outputs, precision, emulated),
+        fixed=_fixed(rows, precision, alone and inputs % 8 == 0, emulated),
         candidates=_CANDIDATES,
         key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
     )
@@ -523,12 +591,6 @@ def _phases(inputs: int) -> int:
     return 4 // math.gcd(inputs, 4)
 
 
-def _programs(rows: int, outputs: int, inputs: int, meta: Mapping[str, Any]) -> int:
-    phases = _phases(inputs)
-    output_tiles = phases * triton.cdiv(triton.cdiv(outputs, phases), meta["OUTPUTS"])
-    return int(output_tiles * triton.cdiv(rows, meta["ROWS"] * meta["PARTS"]))
-
-
 def _spelled(precision: str, device: torch.device) -> str:
     if precision != "fp32":
         return precision
@@ -536,20 +598,77 @@ def _spelled(precision: str, device: torch.device) -> str:
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
+def _programs(rows: int, outputs: int, phases: int, meta: Mapping[str, Any]) -> int:
+    output_tiles = phases * triton.cdiv(triton.cdiv(outputs, phases), meta["OUTPUTS"])
+    return int(output_tiles * triton.cdiv(rows, meta["ROWS"] * meta["PARTS"]))
+
+
+def _staged(
+    weight: Tensor | None,
+    shape: torch.Size,
+    coefficient: npt.NDArray[np.float64] | Tensor | None,
+    ids: Tensor,
+    directions: _Directions,
+    scale: str | None,
+) -> Tensor:
+    """W + c·s⊙Z of every lane, ``[k, *shape]``, float32."""
+    out = torch.empty((len(ids), *shape), dtype=torch.float32, device=ids.device)
+    count, phase = shape.numel(), directions.offset % 4
+    launch(
+        stage_kernel,
+        lambda meta: (len(ids) * triton.cdiv(count + phase, 4 * meta["BLOCKS"]),),
+        {
+            "out": out,
+            "weight": out if weight is None else weight,
+            "scale": out if directions.scale is None else directions.scale,
+            "coefficient": (
+                ids if coefficient is None else per_lane(coefficient, torch.float64, ids.device)
+            ),
+            "ids": ids,
+            "seed_low": signed_word(directions.seed),
+            "seed_high": signed_word(directions.seed >> 32),
+            "stream": signed_word(directions.stream),
+            "first_block": signed_word(directions.offset // 4),
+            "phase": phase,
+            "count": count,
+            "inputs": shape[1:].numel(),
+            "lanes": len(ids),
+            "ANTITHETIC": directions.antithetic,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_COEFFICIENT": coefficient is not None,
+            "SCALE": scale,
+        },
+        fixed=_STAGE,
+    )
+    return out
+
+
+_STAGE = triton.Config({"BLOCKS": 256}, num_warps=4, num_stages=1)
+
+
 def _config(rows: int, parts: int, outputs: int, inputs: int, warps: int) -> triton.Config:
     sizes = {"ROWS": rows, "PARTS": parts, "OUTPUTS": outputs, "INPUTS": inputs}
     return triton.Config(sizes, num_warps=warps, num_stages=2)
 
 
-@functools.cache
-def _fixed(rows: int, outputs: int, precision: str, emulated: bool) -> triton.Config:
+def _fixed(rows: int, precision: str, vectors: bool, emulated: bool) -> triton.Config:
+    """What neither spills registers nor makes the noise of a tile more often than it must.
+
+    Args:
+        rows: of a lane.
+        precision: of the product.
+        vectors: whether neighbouring inputs are read together.
+        emulated: in the interpreter, where tiles are so small that awkward sizes meet every edge.
+    """
     if emulated:
-        # Small enough that awkward sizes meet every edge.
-        return _config(32, 2, 16, 32, 4)
-    inputs = 64 if precision == "bf16" else 32
-    tile = 64 if rows <= 64 else 128
-    parts = min(triton.cdiv(rows, tile), 4)
-    return _config(tile, parts, 32 if outputs > 16 else 16, inputs, 4)
+        return _config(32, 2, 16, 64, 4)
+    if not vectors or precision not in ("bf16", "tf32"):
+        return _config(64, 1 if rows <= 64 else 2, 32, 32, 8)
+    if rows <= 64:
+        return _config(64, 1, 32, 32, 4)
+    # As many rows as the accumulators have registers for, and no tile nearly empty.
+    parts = triton.cdiv(triton.cdiv(rows, 128), triton.cdiv(rows, 5 * 128))
+    return _config(128, parts, 32, 32, 4 if precision == "bf16" else 8)
 
 
 _CANDIDATES = tuple(
@@ -627,6 +746,11 @@ def _check(
     if precision not in (*_INPUT_PRECISION, "fp32"):
         known = (*_INPUT_PRECISION, "fp32")
         raise ValueError(f"precision must be one of {known}, got {precision!r}")
+    if max(x[0].numel(), shape.numel()) >= 2**31:
+        raise ValueError(
+            f"x and weight must have fewer than 2³¹ numbers a lane, got {tuple(x.shape[1:])} and "
+            f"{tuple(shape)}; give fewer rows"
+        )
     named = {"weight": weight, "bias": bias, "bias_scale": directions.bias_scale}
     shapes = {"weight": tuple(shape), "bias": (shape[0],), "bias_scale": (shape[0],)}
     for name, tensor in named.items():

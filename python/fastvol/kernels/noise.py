@@ -6,7 +6,6 @@ in registers: nothing is read but what is added or multiplied, and nothing writt
 
 from __future__ import annotations
 
-
 import math
 
 import numpy as np
@@ -349,7 +348,7 @@ def _alignment(out: Tensor) -> int:
 
 
 def _check_rows(out: Tensor) -> None:
-    if out.dim() != 2 or out.stride(1) != 1 and out.shape[1] > 1:
+    if out.dim() != 2 or (out.stride(1) != 1 and out.shape[1] > 1):
         raise ValueError(
             f"out must be [k, d] with neighbours in a row side by side, got shape "
             f"{tuple(out.shape)} with strides {out.stride()}"
