@@ -14,8 +14,9 @@ from torch import Tensor
 NORMAL = {torch.float32: 1e-5, torch.float64: 1e-14}
 # One unit in the last place of a result that is rounded to a dtype.
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float64: 2**-52}
-# Operands of a product of matrices: half a unit in the last place, each of two.
-PRODUCT = {"bf16": 2**-8, "tf32": 2**-11, "tf32x3": 2e-6, "ieee": 2e-6, "fp32": 2e-6}
+# Each of the two operands of a product of matrices, which a matrix unit may cut off at the last
+# place that it knows; and sums that it may round downwards.
+PRODUCT = {"bf16": 2**-8, "tf32": 2**-10, "tf32x3": 5e-6, "ieee": 2e-6, "fp32": 5e-6}
 
 
 def point(dtype: torch.dtype) -> float:

@@ -215,3 +215,23 @@ def test_convolutions_of_real_size_on_a_gpu(precision):
             "perturbed_conv2d", x, weight, given(filters), c, SEED, STREAM, ids,
             offset=7, padding=1, activation="relu", precision=precision,
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@REAL
+def test_a_captured_layer_follows_its_lanes_on_a_gpu():
+    x, weight = given(100, 64), given(32, 64)
+    ids = torch.arange(4, device="cuda")
+    c = torch.ones(4, dtype=torch.float64, device="cuda")
+
+    def layer_of_lanes() -> Tensor:
+        return kernels.perturbed_linear(x, weight, None, c, SEED, STREAM, ids, precision="ieee")
+
+    layer_of_lanes()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer_of_lanes()
+    ids += 7
+    c *= 0.5
+    graph.replay()
+    assert torch.equal(captured, layer_of_lanes())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -188,6 +191,11 @@ def test_numbers_of_lanes_may_be_tensors():
     kernels.perturb(out, theta0, c, 5, 0, ids)
     kernels.perturb(wanted, theta0, c.cpu().numpy(), 5, 0, ids.cpu().numpy())
     assert torch.equal(out, wanted)
+
+
+def test_fastvol_does_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import fastvol; fastvol.estimate"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_refused():

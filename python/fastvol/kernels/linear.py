@@ -166,7 +166,8 @@ def linear_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BF16: tl.constexpr,
-    ROUND_ONLY: tl.constexpr,
+    EMULATED: tl.constexpr,
+    EMULATED_END: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -174,7 +175,8 @@ def linear_kernel(
 ) -> None:
     """PARTS tiles of ROWS rows of one lane, by one tile of outputs.
 
-    With STAGED, ``weight`` holds the weights of every lane as they are.
+    With STAGED, ``weight`` holds the weights of every lane as they are. EMULATED means in the
+    interpreter, where matrices of bfloat16 cannot be multiplied: their entries are rounded only.
     """
     output_tiles = PHASES * tl.cdiv(tl.cdiv(outputs, PHASES), OUTPUTS)
     row_tiles = tl.cdiv(rows, ROWS * PARTS)
@@ -222,7 +224,8 @@ def linear_kernel(
         else:
             begin = row * x_row
         begins = begins + (begin,)  # noqa: RUF005
-    for start in range(0, inputs + phase, INPUTS):
+    # A plain number as a bound is all that some versions of the interpreter can count to.
+    for start in range(0, EMULATED_END if EMULATED else inputs + phase, INPUTS):
         i = start + tl.arange(0, INPUTS) - phase
         real = (i >= 0) & (i < inputs)
         place = (o * inputs)[:, None] + i[None, :]
@@ -250,7 +253,7 @@ def linear_kernel(
         else:
             column = i
         if BF16:
-            w = to_bfloat16_and_back(w) if ROUND_ONLY else w.to(tl.bfloat16)
+            w = to_bfloat16_and_back(w) if EMULATED else w.to(tl.bfloat16)
         w = tl.trans(w)
         sums: tl.tuple = ()
         for part in tl.static_range(PARTS):
@@ -260,8 +263,8 @@ def linear_kernel(
                 other=0.0,
             )
             if BF16:
-                given = given.to(tl.float32) if ROUND_ONLY else given.to(tl.bfloat16)
-                if ROUND_ONLY:
+                given = given.to(tl.float32) if EMULATED else given.to(tl.bfloat16)
+                if EMULATED:
                     given = to_bfloat16_and_back(given)
             else:
                 given = given.to(tl.float32)
@@ -577,7 +580,8 @@ def _layer(
             "ACTIVATION": activation,
             "PRECISION": _INPUT_PRECISION[_spelled(precision, x.device)],
             "BF16": precision == "bf16",
-            "ROUND_ONLY": emulated,
+            "EMULATED": emulated,
+            "EMULATED_END": inputs + 3 if emulated else None,
         },
         fixed=_fixed(rows, precision, alone and inputs % 8 == 0, emulated),
         candidates=_CANDIDATES,
@@ -592,10 +596,13 @@ def _phases(inputs: int) -> int:
 
 
 def _spelled(precision: str, device: torch.device) -> str:
-    if precision != "fp32":
+    """The precision by Triton's name; without tf32, all but bfloat16 is float32."""
+    if precision == "bf16":
         return precision
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "ieee"
     # Three products of tf32 are float32-grade, and several times as fast where they exist.
-    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+    return "tf32x3" if precision == "fp32" else precision
 
 
 def _programs(rows: int, outputs: int, phases: int, meta: Mapping[str, Any]) -> int:

@@ -19,8 +19,8 @@ from .launch import bucket, launch, per_lane, signed_word
 from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "tiles", "bucket", "row_stride"]
-# Tiles that one program sums up; it fixes the order of a sum, so it is never tuned.
+_UNSPECIALISED = ["seed_low", "seed_high", "stream", "lanes", "parts", "bucket", "row_stride"]
+# Tiles that one program sums up. It fixes the order of a sum, so it is never tuned.
 _TILES_A_SUM = 8
 
 
@@ -101,7 +101,7 @@ def normals_kernel(
     d: tl.tensor,
     row_stride: tl.tensor,
     lanes: tl.tensor,
-    tiles: tl.tensor,
+    parts: tl.tensor,
     ANTITHETIC: tl.constexpr,
     STORE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -120,7 +120,8 @@ def normals_kernel(
     row = out + lane.to(tl.int64) * row_stride * ALIGN
     square = tl.zeros([BLOCKS], tl.float64)
     dot = tl.zeros([BLOCKS], tl.float64)
-    for i in range(tl.minimum(TILES, tiles - part * TILES)):
+    # Tiles beyond the row add nothing.
+    for i in range(TILES):
         tile = part * TILES + i
         first = tile.to(tl.int64) * (4 * BLOCKS)
         is_whole = first + 4 * BLOCKS <= d
@@ -164,7 +165,6 @@ def normals_kernel(
                 tl.store(row + first + index, value)
             else:
                 tl.store(row + first + index, value, mask=inside)
-    parts = tl.cdiv(tiles, TILES)
     place = lane.to(tl.int64) * parts + part
     tl.store(squares + place, tl.sum(square, axis=0))
     if HAS_PROJECT:
@@ -249,10 +249,12 @@ def _normals(
     _check_vector("project", project, d)
     if project is not None and project.dtype != torch.float64:
         raise ValueError(f"project must be float64, got {project.dtype}")
-    fixed = triton.Config({"BLOCKS": 256, "TILES": _TILES_A_SUM}, num_warps=4, num_stages=1)
+    blocks = 256
     align = 1 if out is None else _alignment(out)
-    tiles = triton.cdiv(d, 4 * fixed.kwargs["BLOCKS"])
-    parts = triton.cdiv(tiles, _TILES_A_SUM)
+    tiles = triton.cdiv(d, 4 * blocks)
+    a_sum = min(_TILES_A_SUM, bucket(tiles))
+    parts = triton.cdiv(tiles, a_sum)
+    fixed = triton.Config({"BLOCKS": blocks, "TILES": a_sum}, num_warps=4, num_stages=1)
     squares = torch.empty((lanes, parts), dtype=torch.float64, device=ids.device)
     dots = squares if project is None else torch.empty_like(squares)
     launch(
@@ -271,7 +273,7 @@ def _normals(
             "d": d,
             "row_stride": 0 if out is None else out.stride(0) // align,
             "lanes": lanes,
-            "tiles": tiles,
+            "parts": parts,
             "ANTITHETIC": antithetic,
             "STORE": out is not None,
             "HAS_SCALE": scale is not None,
