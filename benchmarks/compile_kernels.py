@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -83,7 +84,7 @@ class Compiled:
     shared: int
     instructions: Counter[str]
     shortest: Counter[str]
-    """Those on the shortest way through, which takes no branch for the last tile of a row."""
+    """Those on the shortest way through, or through its loop."""
 
     @property
     def total(self) -> int:
@@ -98,12 +99,8 @@ def recorded(call: Callable[[], object]) -> Launch:
     def record(kernel: Any, grid: Any, arguments: Mapping[str, Any], **options: Any) -> None:
         found.append(Launch(kernel, dict(arguments), options["fixed"]))
 
-    originals = noise.launch, linear.launch
-    noise.launch = linear.launch = record  # type: ignore[assignment]
-    try:
+    with patch.object(noise, "launch", record), patch.object(linear, "launch", record):
         call()
-    finally:
-        noise.launch, linear.launch = originals  # type: ignore[assignment]
     return found[-1]
 
 
@@ -183,18 +180,23 @@ def _instructions(sass: str) -> dict[int, _Instruction]:
 
 
 def _shortest(code: dict[int, _Instruction]) -> Counter[str]:
-    """The instructions on the way from the first to an exit that has the fewest.
+    """The instructions on the way through that has the fewest: through a loop, where there is one.
 
-    A loop is gone through once: the branch back leads where the way has been.
+    It takes no branch for the last tile of a row.
     """
-    addresses = sorted(code)
-    following = dict(pairwise(addresses))
-    before: dict[int, int | None] = {addresses[0]: None}
-    waiting = deque([addresses[0]])
+    loops = [
+        (step.target, at)
+        for at, step in code.items()
+        if step.target is not None and step.conditional and step.target < at
+    ]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(min(code), None))
+    following = dict(pairwise(sorted(code)))
+    before: dict[int, int | None] = {first: None}
+    waiting = deque([first])
     while waiting:
         at = waiting.popleft()
         step = code[at]
-        if step.name == "EXIT" and not step.conditional:
+        if at == last or (last is None and step.name == "EXIT" and not step.conditional):
             way = [step.name]
             back = before[at]
             while back is not None:
@@ -208,7 +210,7 @@ def _shortest(code: dict[int, _Instruction]) -> Counter[str]:
             if there not in before:
                 before[there] = at
                 waiting.append(there)
-    raise ValueError("the code has no exit")
+    raise ValueError("the code has no end")
 
 
 def _unit(instruction: str) -> str:
@@ -216,28 +218,25 @@ def _unit(instruction: str) -> str:
     return next((unit for unit, (_, names) in UNITS.items() if name in names), "other")
 
 
-def marginal(launch: Launch, capability: int) -> Counter[str]:
+def per_normal(launch: Launch, capability: int) -> dict[str, float]:
     """What one more normal costs: instructions by unit.
 
-    The difference of two builds, one with twice the tile: whatever a program does once is gone.
+    Of a kernel without a loop, the difference of two builds, one with twice the tile: whatever a
+    program does once is gone.
     """
     one = launch.config
-    two = triton.Config(
-        {**one.kwargs, "BLOCKS": 2 * one.kwargs["BLOCKS"]},
-        num_warps=one.num_warps,
-        num_stages=one.num_stages,
-    )
-    small = compiled(launch, capability)
-    large = compiled(Launch(launch.kernel, launch.arguments, two), capability)
     normals = 4 * one.kwargs["BLOCKS"] / (32 * one.num_warps)
-    # A kernel with a loop has a shorter way around it; its branches for the last tile count too.
-    loops = "TILES" in one.kwargs
-    difference = Counter(large.instructions if loops else large.shortest)
-    difference.subtract(small.instructions if loops else small.shortest)
-    by_unit: Counter[str] = Counter()
-    for name, count in difference.items():
+    cost = Counter(compiled(launch, capability).shortest)
+    if "TILES" not in one.kwargs:
+        twice = {**one.kwargs, "BLOCKS": 2 * one.kwargs["BLOCKS"]}
+        two = triton.Config(twice, num_warps=one.num_warps, num_stages=one.num_stages)
+        large = compiled(Launch(launch.kernel, launch.arguments, two), capability)
+        cost = Counter(large.shortest)
+        cost.subtract(compiled(launch, capability).shortest)
+    by_unit = dict.fromkeys((*UNITS, "other"), 0.0)
+    for name, count in cost.items():
         if name != "NOP":
-            by_unit[_unit(name)] += count / normals  # type: ignore[assignment]
+            by_unit[_unit(name)] += count / normals
     return by_unit
 
 
@@ -349,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)
     spilling = []
-    print(f"{'kernel':45} registers spilled   shared instructions")
+    print(f"{'kernel':45} registers spilled   shared instructions  in loop")
     found = {name: call for name, call in calls().items() if options.only in name}
     for name, call in found.items():
         file = None
@@ -362,9 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for key, n in result.instructions.items()
             if key.startswith(("HGMMA", "HMMA", "BAR", "LDSM", "STSM"))
         }
+        uses = " ".join(f"{n} {key}" for key, n in sorted(matrix.items()))
         print(
             f"{name:45} {result.registers:9} {result.spilled:7} {result.shared:8} "
-            f"{result.total:12}  {' '.join(f'{n} {k}' for k, n in sorted(matrix.items()))}",
+            f"{result.total:12} {sum(result.shortest.values()):8}  {uses}",
             flush=True,
         )
         if result.spilled:
@@ -375,10 +375,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "perturb bfloat16 aligned",
         "perturb float32",
         "perturb float64",
+        "normals float32",
         "reductions",
+        "reductions with a projection",
     ):
         if name in found:
-            by_unit = marginal(recorded(found[name]), options.capability)
+            by_unit = per_normal(recorded(found[name]), options.capability)
             total = sum(by_unit.values())
             counts = "".join(f"{by_unit[unit]:10.2f}" for unit in (*UNITS, "other"))
             slots = {unit: by_unit[unit] * 128 / rate for unit, (rate, _) in UNITS.items()}

@@ -679,14 +679,16 @@ def _fixed(rows: int, precision: str, vectors: bool, emulated: bool) -> triton.C
 
 
 _CANDIDATES = tuple(
-    _config(128, parts, outputs, inputs, warps)
-    for parts, outputs, inputs, warps in (
-        (1, 64, 32, 4),
-        (1, 64, 64, 8),
-        (2, 64, 32, 4),
-        (2, 64, 64, 8),
-        (3, 64, 64, 8),
-        (5, 32, 64, 8),
+    _config(*sizes)
+    for sizes in (
+        (64, 2, 32, 32, 4),
+        (128, 1, 64, 32, 4),
+        (128, 1, 64, 64, 8),
+        (128, 2, 64, 32, 8),
+        (128, 3, 32, 32, 4),
+        (128, 3, 64, 64, 8),
+        (128, 4, 64, 64, 8),
+        (128, 5, 32, 64, 8),
     )
 )
 
