@@ -92,14 +92,18 @@ class Compiled:
         return sum(n for name, n in self.instructions.items() if name != "NOP")
 
 
-def recorded(call: Callable[[], object]) -> Launch:
-    """The launch that a call would make; its tensors have no memory."""
+def recorded(call: Callable[[], object], capability: int) -> Launch:
+    """The launch that a call would make on such a GPU; its tensors have no memory."""
     found: list[Launch] = []
 
     def record(kernel: Any, grid: Any, arguments: Mapping[str, Any], **options: Any) -> None:
         found.append(Launch(kernel, dict(arguments), options["fixed"]))
 
-    with patch.object(noise, "launch", record), patch.object(linear, "launch", record):
+    with (
+        patch.object(noise, "launch", record),
+        patch.object(linear, "launch", record),
+        patch.object(linear, "_capability", lambda _: capability),
+    ):
         call()
     return found[-1]
 
@@ -187,7 +191,7 @@ def _shortest(code: dict[int, _Instruction]) -> Counter[str]:
     loops = [
         (step.target, at)
         for at, step in code.items()
-        if step.target is not None and step.conditional and step.target < at
+        if step.target is not None and step.target < at
     ]
     first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(min(code), None))
     following = dict(pairwise(sorted(code)))
@@ -355,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.sass is not None:
             options.sass.mkdir(parents=True, exist_ok=True)
             file = options.sass / (name.replace(" ", "_") + ".sass")
-        result = compiled(recorded(call), options.capability, file)
+        result = compiled(recorded(call, options.capability), options.capability, file)
         matrix = {
             key: n
             for key, n in result.instructions.items()
@@ -380,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "reductions with a projection",
     ):
         if name in found:
-            by_unit = per_normal(recorded(found[name]), options.capability)
+            by_unit = per_normal(recorded(found[name], options.capability), options.capability)
             total = sum(by_unit.values())
             counts = "".join(f"{by_unit[unit]:10.2f}" for unit in (*UNITS, "other"))
             slots = {unit: by_unit[unit] * 128 / rate for unit, (rate, _) in UNITS.items()}

@@ -583,7 +583,7 @@ def _layer(
             "EMULATED": emulated,
             "EMULATED_END": inputs + 3 if emulated else None,
         },
-        fixed=_fixed(rows, precision, alone and inputs % 8 == 0, emulated),
+        fixed=_fixed(rows, precision, alone and inputs % 8 == 0, _capability(x.device), emulated),
         candidates=_CANDIDATES,
         key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
     )
@@ -658,13 +658,24 @@ def _config(rows: int, parts: int, outputs: int, inputs: int, warps: int) -> tri
     return triton.Config(sizes, num_warps=warps, num_stages=2)
 
 
-def _fixed(rows: int, precision: str, vectors: bool, emulated: bool) -> triton.Config:
+def _capability(device: torch.device) -> int:
+    """10 times that of an NVIDIA GPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _fixed(
+    rows: int, precision: str, vectors: bool, capability: int, emulated: bool
+) -> triton.Config:
     """What neither spills registers nor makes the noise of a tile more often than it must.
 
     Args:
         rows: of a lane.
         precision: of the product.
         vectors: whether neighbouring inputs are read together.
+        capability: below 90, operands of a matrix unit are held in registers too.
         emulated: in the interpreter, where tiles are so small that awkward sizes meet every edge.
     """
     if emulated:
@@ -675,7 +686,7 @@ def _fixed(rows: int, precision: str, vectors: bool, emulated: bool) -> triton.C
         return _config(64, 1, 32, 32, 4)
     # As many rows as the accumulators have registers for, and no tile nearly empty.
     parts = triton.cdiv(triton.cdiv(rows, 128), triton.cdiv(rows, 5 * 128))
-    return _config(128, parts, 32, 32, 4 if precision == "bf16" else 8)
+    return _config(128, parts, 32, 32, 4 if precision == "bf16" and capability >= 90 else 8)
 
 
 _CANDIDATES = tuple(
