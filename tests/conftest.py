@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+# Without a GPU the kernels run in Triton's interpreter; it is chosen when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile(
     "fastvol",

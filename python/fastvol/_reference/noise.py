@@ -73,6 +73,25 @@ def _vectors_and_signs(
     return directions >> 1, 1.0 - 2.0 * (directions & 1).to(torch.float64)
 
 
+def coordinates(
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64],
+    start: int,
+    stop: int,
+    antithetic: bool,
+    device: torch.device,
+) -> Tensor:
+    """Some coordinates of some directions: float64 ``[k, stop - start]``."""
+    vectors, signs = _vectors_and_signs(ids, antithetic, device)
+    return _standard_normals(seed, stream, vectors, start, stop) * signs[:, None]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What noise for parameters of a dtype is computed in: never less than float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def normals(
     out: Tensor,
     seed: int,
@@ -88,7 +107,7 @@ def normals(
     """Writes scale · z for each direction into ``out``.
 
     Args:
-        out: ``[k, d]``, float32 or float64, any device; overwritten.
+        out: ``[k, d]``, a floating dtype, any device; overwritten.
         seed: 64-bit key.
         stream: which of the independent families of directions.
         ids: direction indices ``[k]``.
@@ -103,21 +122,73 @@ def normals(
         ⟨z, project⟩, zeros without ``project``. Both float64, on the CPU.
     """
     del threads
-    vectors, signs = _vectors_and_signs(ids, antithetic, out.device)
-    k, d = out.shape
-    squared = torch.zeros(k, dtype=torch.float64, device=out.device)
-    dot = torch.zeros(k, dtype=torch.float64, device=out.device)
+    norm, dot = _made(
+        out,
+        out.shape[1],
+        out.dtype,
+        out.device,
+        seed,
+        stream,
+        ids,
+        antithetic,
+        scale,
+        project,
+        first,
+    )
+    return norm.cpu().numpy(), dot.cpu().numpy()
+
+
+def direction_reductions(
+    d: int,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64],
+    *,
+    antithetic: bool = False,
+    project: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """What :func:`normals` returns, without the directions: float64 ``[k]`` on ``device``.
+
+    Args:
+        d: the number of coordinates.
+        seed, stream, ids, antithetic, project: as for :func:`normals`.
+        dtype: what z is rounded to.
+        device: where to compute.
+    """
+    return _made(None, d, dtype, torch.device(device), seed, stream, ids, antithetic, None, project)
+
+
+def _made(
+    out: Tensor | None,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    stream: int,
+    ids: npt.NDArray[np.int64],
+    antithetic: bool,
+    scale: Tensor | None,
+    project: Tensor | None,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    vectors, signs = _vectors_and_signs(ids, antithetic, device)
+    k = len(vectors)
+    squared = torch.zeros(k, dtype=torch.float64, device=device)
+    dot = torch.zeros(k, dtype=torch.float64, device=device)
     step = 4 * max(1, _BLOCKS_AT_ONCE // max(k, 1))
     for start in range(0, d, step):
         stop = min(start + step, d)
         z = _standard_normals(seed, stream, vectors, first + start, first + stop) * signs[:, None]
-        z = z.to(out.dtype)
+        z = z.to(dtype)
         exact = z.to(torch.float64)
         squared += exact.square().sum(dim=1)
         if project is not None:
             dot += exact @ project[start:stop]
-        out[:, start:stop] = z if scale is None else z * scale[start:stop]
-    return squared.sqrt().cpu().numpy(), dot.cpu().numpy()
+        if out is not None:
+            out[:, start:stop] = z if scale is None else z * scale[start:stop]
+    return squared.sqrt(), dot
 
 
 def perturb(
@@ -136,11 +207,19 @@ def perturb(
     """Writes θ₀ + coefficient · scale · z for each direction into ``out``.
 
     Args:
-        out: ``[k, d]``, float32 or float64; overwritten.
+        out: ``[k, d]``, a floating dtype; overwritten. The sum is made in it, or in float32 where
+            it has less.
         theta0: ``[d]`` in the dtype of ``out``.
         coefficient: float64 ``[k]``.
         seed, stream, ids, antithetic, scale, threads, first: as for :func:`normals`.
     """
-    normals(out, seed, stream, ids, antithetic=antithetic, scale=scale, first=first)
-    out *= torch.as_tensor(coefficient, dtype=out.dtype, device=out.device)[:, None]
-    out += theta0
+    working = working_dtype(out.dtype)
+    rows = out if out.dtype == working else torch.empty_like(out, dtype=working)
+    step = scale if scale is None else scale.to(working)
+    normals(
+        rows, seed, stream, ids, antithetic=antithetic, scale=step, threads=threads, first=first
+    )
+    rows *= torch.as_tensor(coefficient, dtype=working, device=out.device)[:, None]
+    rows += theta0
+    if rows is not out:
+        out.copy_(rows)
