@@ -1,0 +1,192 @@
+"""One style for all figures: legible in print, and to those who see no red or green.
+
+A number that passed fastvol's gate is a filled mark with its error bar; one that did not is an open
+mark with an arrow upward: a lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ExperimentError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours in an order that also falls in grey, and a mark for each.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+_STYLE = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5.5,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 160,
+}
+_SOURCE = "fastvol results sha256"
+
+
+def check() -> None:
+    """Makes sure, before the work, that figures can be drawn.
+
+    Raises:
+        ExperimentError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ExperimentError(
+            f"figures need matplotlib ({error}): pip install 'fastvol[experiments]'"
+        ) from error
+
+
+def panels(columns: int, title: str, *, rows: int = 1, width: float = 4.3) -> tuple[Figure, Any]:
+    """A figure with its finding above, and its Axes as an array ``[rows, columns]``."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width * columns, 3.6 * rows + 0.4), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        figure.suptitle(_folded(title, round(21 * columns * width / 4.3 * 2.1)), fontsize=11)
+    return figure, axes
+
+
+def series(
+    ax: Axes,
+    x: Sequence[float],
+    values: Sequence[Mapping[str, Any]],
+    index: int,
+    label: str | None = None,
+    *,
+    line: bool = True,
+) -> None:
+    """One line of volumes: entries with value, stderr and reliable; vanished ones leave a gap.
+
+    Args:
+        ax: where.
+        x: of each entry.
+        values: as ``volumes.describe`` and ``volumes.filled`` make them.
+        index: which colour, mark and line.
+        label: for the legend.
+        line: whether the marks are joined.
+    """
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    shown = [(at, v) for at, v in zip(x, values, strict=True) if number(v.get("value")) is not None]
+    if line and shown:
+        ax.plot(
+            [at for at, _ in shown],
+            [v["value"] for _, v in shown],
+            color=color,
+            linestyle=LINES[index % len(LINES)],
+            linewidth=1.0,
+            zorder=1,
+        )
+    for reliable in (True, False):
+        chosen = [(at, v) for at, v in shown if bool(v["reliable"]) is reliable]
+        if not chosen:
+            continue
+        places = [at for at, _ in chosen]
+        heights = [v["value"] for _, v in chosen]
+        if reliable:
+            errors = [1.96 * (number(v["stderr"]) or 0.0) for _, v in chosen]
+            ax.errorbar(
+                places, heights, yerr=errors, fmt=marker, color=color, capsize=2.5, zorder=2
+            )
+        else:
+            ax.plot(places, heights, marker, color=color, markerfacecolor="white", zorder=2)
+            for at, height in zip(places, heights, strict=True):
+                ax.annotate(
+                    "",
+                    xy=(at, height),
+                    xytext=(0, 13),
+                    textcoords="offset points",
+                    arrowprops={"arrowstyle": "<-", "color": color, "linewidth": 0.9},
+                )
+    if label is not None:
+        ax.plot(
+            [], [], color=color, marker=marker, linestyle=LINES[index % len(LINES)], label=label
+        )
+
+
+def plain(
+    ax: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str | None = None
+) -> None:
+    """A line of numbers that carry no error of their own."""
+    ax.plot(
+        x,
+        y,
+        color=COLORS[index % len(COLORS)],
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle=LINES[index % len(LINES)],
+        label=label,
+    )
+
+
+def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
+    """The legend: the lines, then what a filled and an open mark mean, as far as they occur."""
+    reliable = {
+        bool(entry["reliable"]) for entry in entries if number(entry.get("value")) is not None
+    }
+    if True in reliable:
+        ax.errorbar([], [], yerr=[], fmt="o", color="0.4", capsize=2.5, label="reliable, 95 %")
+    if False in reliable:
+        ax.plot([], [], "o", color="0.4", markerfacecolor="white", label="↑ lower bound only")
+    ax.legend(**options)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or ``None``: results hold null for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def save(figure: Figure, stem: Path, source: str) -> list[Path]:
+    """Writes ``<stem>.png`` and ``<stem>.pdf``, which name the results they are drawn from.
+
+    Args:
+        figure: it.
+        stem: path without suffix.
+        source: SHA-256 of the results' file.
+    """
+    import matplotlib
+
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for suffix, key in ((".png", _SOURCE), (".pdf", "Keywords")):
+            path = stem.with_suffix(suffix)
+            note = source if suffix == ".png" else f"{_SOURCE} {source}"
+            figure.savefig(path, metadata={key: note})
+            paths.append(path)
+    return paths
+
+
+def source_of(path: Path) -> str | None:
+    """SHA-256 of the results that a PNG was drawn from, as it says itself."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(_SOURCE)
+
+
+def _folded(title: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(title, width))
