@@ -145,10 +145,11 @@ def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
         bool(entry["reliable"]) for entry in entries if number(entry.get("value")) is not None
     }
     if True in reliable:
-        ax.errorbar([], [], yerr=[], fmt="o", color="0.4", capsize=2.5, label="reliable, 95 %")
+        ax.plot([], [], "o", color="0.4", label="reliable, with 95 % interval")
     if False in reliable:
         ax.plot([], [], "o", color="0.4", markerfacecolor="white", label="↑ lower bound only")
-    ax.legend(**options)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=_STYLE["legend.fontsize"], **options)
 
 
 def number(value: Any) -> float | None:

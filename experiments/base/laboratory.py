@@ -191,6 +191,10 @@ class Laboratory:
         cost = _SECONDS_A_GIGA * flow + _STEP_SECONDS * steps
         return Unit("model", _training_config(training, pool), cost * (2 if recipe.sam else 1), work)
 
+    def config(self, training: Training) -> dict[str, Any]:
+        """JSON-ready: all that decides the outcome of a training."""
+        return _training_config(training, self.pool(training.pool))
+
     def model(self, run: Run, epoch: int | None = None) -> nn.Module:
         """The network of a run at a kept epoch (the last by default), in eval mode."""
         tensors = run.outcome.tensors
