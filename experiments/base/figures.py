@@ -64,7 +64,7 @@ def panels(columns: int, title: str, *, rows: int = 1, width: float = 4.3) -> tu
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width * columns, 3.6 * rows + 0.4), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
-        figure.suptitle(_folded(title, round(21 * columns * width / 4.3 * 2.1)), fontsize=11)
+        figure.suptitle(_folded(title, round(16 * columns * width)), fontsize=11)
     return figure, axes
 
 
@@ -149,7 +149,13 @@ def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
     if False in reliable:
         ax.plot([], [], "o", color="0.4", markerfacecolor="white", label="↑ lower bound only")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=_STYLE["legend.fontsize"], **options)
+        size = _STYLE["legend.fontsize"]
+        ax.legend(**{"frameon": False, "fontsize": size, "title_fontsize": size, **options})
+
+
+def several(count: int, one: str, many: str | None = None) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def number(value: Any) -> float | None:

@@ -118,16 +118,28 @@ def filled(volume: fastvol.VolumeEstimate | None, radius: float) -> dict[str, An
     }
 
 
-def common_radius(volumes: Sequence[fastvol.VolumeEstimate | None]) -> float | None:
-    """The largest radius that is reliable in all of them; ``None`` where there is none.
+def versus(a: fastvol.VolumeEstimate, b: fastvol.VolumeEstimate) -> dict[str, Any]:
+    """``fastvol.compare``: log of a's volume over b's, where both are reliable."""
+    found = fastvol.compare(a, b)
+    return {
+        "radius": found.radius,
+        "value": found.log_ratio,
+        "stderr": found.stderr,
+        "probability": found.probability,
+        "reliable": found.reliable,
+    }
 
-    Where every one is reliable without a cap, twice the longest typical radius.
+
+def common_radius(volumes: Sequence[fastvol.VolumeEstimate | None]) -> float | None:
+    """The largest radius that is reliable in all that are reliable anywhere; ``None`` without one.
+
+    Where every one is reliable without a cap, twice the longest radius. Too few directions make an
+    estimate reliable nowhere: it is left out, and flagged wherever it is asked for.
     """
-    reach = [volume.reliable_radius for volume in volumes if volume is not None]
-    if not reach or min(reach) <= 0:
+    there = [volume for volume in volumes if volume is not None and volume.reliable_radius > 0]
+    if not there:
         return None
-    radius = min(reach)
+    radius = min(volume.reliable_radius for volume in there)
     if math.isinf(radius):
-        longest = max(float(v.log_radii.max()) for v in volumes if v is not None)
-        return 2.0 * math.exp(longest)
+        return 2.0 * math.exp(max(float(volume.log_radii.max()) for volume in there))
     return radius

@@ -15,10 +15,11 @@ from ..base import figures
 from ..base.cache import Outcome
 from ..base.laboratory import Laboratory, Probe, Run
 from ..base.protocols import MNIST_SIZES, SMOKE, Family, grid, mnist_mlp
+from ..base.figures import several
 from ..base.statistics import mean_of, over_seeds
 from ..base.sweep import Tick, Unit
 from ..base.training import running_losses
-from ..base.volumes import Measurement, common_radius, describe, filled
+from ..base.volumes import Measurement, common_radius, describe, filled, versus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,10 +83,13 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
         }
         for (size, seed, landscape), basin in basins.items()
     ]
-    minima = [
-        {"size": size, "seed": seed, "vanishes": vanishes[size, seed], **runs[size, seed].end}
-        for size, seed in cells
-    ]
+    minima = []
+    for cell in cells:
+        mine = [basin.volume for place, basin in basins.items() if place[:2] == cell]
+        entry = {"size": cell[0], "seed": cell[1], "vanishes": vanishes[cell], **runs[cell].end}
+        if len(mine) > 1 and mine[0] is not None and mine[-1] is not None:
+            entry["first_over_last"] = versus(mine[0], mine[-1])
+        minima.append(entry)
     return {
         "title": family.title,
         "threshold": settings.how.threshold,
@@ -119,33 +123,23 @@ def _vanishing(laboratory: Laboratory, settings: Settings, run: Run) -> Unit:
 
 def title(found: Mapping[str, Any]) -> str:
     """What was found, in a sentence."""
-    steps = _steps(found)
-    down = sum(step < 0 for step in steps)
-    sizes = sorted({entry["size"] for entry in found["minima"]})
-    ends = [entry["vanishes"] for entry in found["minima"] if entry["size"] == sizes[0]]
-    gone = mean_of([end for end in ends if end is not None])
-    first = f"Growing data shrinks φ(R) in {down} of {len(steps)} steps"
-    if math.isnan(gone):
-        return f"{first}; no minimum from {sizes[0]} images vanishes ({found['title']})"
-    return (
-        f"{first}; minima from {sizes[0]} images vanish at {gone:.0f} images "
-        f"(mean of {len(ends)} seeds, {found['title']})"
+    shrinkage = [m["first_over_last"] for m in found["minima"] if "first_over_last" in m]
+    known = [entry for entry in shrinkage if entry["reliable"]]
+    smaller = sum(entry["probability"] > 0.95 for entry in known)
+    larger = sum(entry["probability"] < 0.05 for entry in known)
+    smallest = min(entry["size"] for entry in found["minima"])
+    ends = [entry["vanishes"] for entry in found["minima"] if entry["size"] == smallest]
+    gone = mean_of(ends)
+    first = (
+        f"Of {several(len(shrinkage), 'minimum', 'minima')} {smaller} shrink from the smallest "
+        f"landscape to the largest they survive, {larger} grow (probability over 0.95)"
     )
-
-
-def _steps(found: Mapping[str, Any]) -> list[float]:
-    """The change of φ(R) from each landscape to the next, minimum by minimum."""
-    steps = []
-    for entry in found["minima"]:
-        mine = [
-            row
-            for row in found["rows"]
-            if (row["size"], row["seed"]) == (entry["size"], entry["seed"]) and row["filled"]
-        ]
-        mine.sort(key=lambda row: row["landscape"])
-        values = [row["filled"]["value"] for row in mine]
-        steps += [after - before for before, after in zip(values, values[1:], strict=False)]
-    return steps
+    if math.isnan(gone):
+        return f"{first}; those from {smallest} images do not vanish ({found['title']})"
+    return (
+        f"{first}; those from {smallest} images vanish at {gone:.0f} images "
+        f"(mean of {several(len(ends), 'seed')}, {found['title']})"
+    )
 
 
 def draw(found: Mapping[str, Any]) -> Figure:

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import fastvol
-
 from ..base import figures
 from ..base.cache import Outcome
+from ..base.figures import several
 from ..base.laboratory import Basin, Laboratory, Probe, Run
 from ..base.protocols import MNIST_SIZES, SMOKE, Family, grid, mnist_mlp
 from ..base.published import published
 from ..base.statistics import mean_of, over_seeds, ranking
 from ..base.sweep import Tick, Unit
-from ..base.volumes import Measurement, common_radius, describe, filled
+from ..base.volumes import Measurement, common_radius, describe, filled, versus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,14 +74,7 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
         }
         there = by_cell[family.base, seed].volume
         if size > family.base and there is not None and basin.volume is not None:
-            versus = fastvol.compare(there, basin.volume)
-            row["found_there_over_this"] = {
-                "radius": versus.radius,
-                "value": versus.log_ratio,
-                "stderr": versus.stderr,
-                "probability": versus.probability,
-                "reliable": versus.reliable,
-            }
+            row["found_there_over_this"] = versus(there, basin.volume)
         rows.append(row)
     seeds = sorted({seed for _, seed in cells})
     return {
@@ -176,7 +168,7 @@ def title(found: Mapping[str, Any]) -> str:
     verb = "is" if chance > 0.5 else "is not"
     return (
         f"In the {found['landscape']}-image landscape the minimum found there {verb} the largest "
-        f"(probability {chance:.2f} over {len(ranked)} seeds); volume against training-set size: "
+        f"(probability {chance:.2f}, {several(len(ranked), 'seed')}); volume against training-set size: "
         f"Kendall's τ = {tau:+.2f} ({name})"
     )
 

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import fastvol
-
 from ..base import figures
 from ..base.laboratory import Laboratory, Probe, Training
 from ..base.networks import Net
+from ..base.protocols import MNIST_MLP, SPIRALS_MLP
 from ..base.samples import Sample
 from ..base.statistics import mean_of, over_seeds
 from ..base.training import Recipe
-from ..base.volumes import Measurement, common_radius, describe, filled
+from ..base.volumes import Measurement, common_radius, describe, filled, versus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ class Case:
     Args:
         pool: its name.
         title: as people write it.
-        net, epochs: what is trained on it, and how long, with the whole batch.
+        net, recipe: what is trained on it, and how.
         base: clean examples.
         poison: numbers of wrongly labelled ones.
     """
@@ -39,7 +38,7 @@ class Case:
     pool: str
     title: str
     net: Net
-    epochs: int
+    recipe: Recipe
     base: int
     poison: tuple[int, ...]
 
@@ -57,33 +56,34 @@ class Settings:
     how: Measurement
 
 
-_SPIRAL_NET = Net("mlp", (32,) * 5)
-_MNIST_NET = Net("mlp", (256, 128))
 _DIGITS_NET = Net("mlp", (64, 32))
+
+_SPIRALS = Case("spirals", "spirals", SPIRALS_MLP, Recipe(3000, rate=2e-3), 200, (0, 5, 10, 20, 40))
+_DIGITS = Case("digits", "digits", _DIGITS_NET, Recipe(1000, rate=3e-3), 600, (0, 30, 60, 150, 300))
 
 SETTINGS = {
     "smoke": Settings(
         cases=(
-            Case("spirals", "spirals", _SPIRAL_NET, 300, 60, (0, 60)),
-            Case("digits", "digits", _DIGITS_NET, 200, 200, (0, 50, 100)),
+            Case("spirals", "spirals", SPIRALS_MLP, Recipe(800, rate=5e-3), 60, (0, 10)),
+            Case("digits", "digits", _DIGITS_NET, Recipe(400, rate=5e-3), 200, (0, 25, 50)),
         ),
         seeds=(0,),
         how=Measurement(300),
     ),
     "small": Settings(
         cases=(
-            Case("spirals", "spirals", _SPIRAL_NET, 2000, 200, (0, 10, 20, 50, 100, 200)),
-            Case("digits", "digits", _DIGITS_NET, 500, 600, (0, 30, 60, 150, 300, 600)),
-            Case("mnist", "MNIST", _MNIST_NET, 500, 2000, (0, 33, 167, 333, 667)),
+            _SPIRALS,
+            _DIGITS,
+            Case("mnist", "MNIST", MNIST_MLP, Recipe(500), 2000, (0, 33, 167, 333, 667)),
         ),
         seeds=(0, 1, 2),
-        how=Measurement(2000),
+        how=Measurement(1000),
     ),
     "paper": Settings(
         cases=(
-            Case("spirals", "spirals", _SPIRAL_NET, 3000, 200, (0, 10, 20, 50, 100, 200)),
-            Case("digits", "digits", _DIGITS_NET, 500, 600, (0, 30, 60, 150, 300, 600)),
-            Case("mnist", "MNIST", _MNIST_NET, 500, 6000, (0, 100, 500, 1000, 2000)),
+            _SPIRALS,
+            _DIGITS,
+            Case("mnist", "MNIST", MNIST_MLP, Recipe(500), 6000, (0, 100, 500, 1000, 2000)),
         ),
         seeds=tuple(range(10)),
         how=Measurement(10_000),
@@ -102,7 +102,7 @@ def _case(laboratory: Laboratory, settings: Settings, case: Case) -> dict[str, A
         [
             Training(
                 replace(case.net, seed=seed),
-                Recipe(case.epochs),
+                case.recipe,
                 Sample(10 + seed, case.base, poison=poison),
                 case.pool,
             )
@@ -128,14 +128,7 @@ def _case(laboratory: Laboratory, settings: Settings, case: Case) -> dict[str, A
             "filled": None if radius is None else filled(basin.volume, radius),
         }
         if poison and clean is not None and basin.volume is not None:
-            versus = fastvol.compare(clean, basin.volume)
-            row["clean_over_poisoned"] = {
-                "radius": versus.radius,
-                "value": versus.log_ratio,
-                "stderr": versus.stderr,
-                "probability": versus.probability,
-                "reliable": versus.reliable,
-            }
+            row["clean_over_poisoned"] = versus(clean, basin.volume)
         rows.append(row)
     return {"title": case.title, "base": case.base, "radius": radius, "rows": rows}
 
