@@ -23,6 +23,8 @@ class Net:
         channels: of the convolutions, 3 × 3 each and followed by a 2 × 2 max-pooling.
         activation: ``"relu"`` or ``"tanh"``.
         layers, heads: of a GPT.
+        init_std: of a normal law that every parameter is drawn from; 0 is PyTorch's own
+            initialisation.
         seed: of the initialisation.
     """
 
@@ -32,6 +34,7 @@ class Net:
     activation: str = "relu"
     layers: int = 0
     heads: int = 0
+    init_std: float = 0.0
     seed: int = 0
 
     def build(self, pool: Pool) -> nn.Module:
@@ -42,7 +45,11 @@ class Net:
                 window = pool.inputs.shape[1]
                 return GPT(pool.classes, window, self.hidden[0], self.layers, self.heads)
             outputs = 1 if pool.loss == "bce" else pool.classes
-            return _feed_forward(self, tuple(pool.inputs.shape[1:]), outputs)
+            model = _feed_forward(self, tuple(pool.inputs.shape[1:]), outputs)
+            if self.init_std:
+                for parameter in model.parameters():
+                    nn.init.normal_(parameter, std=self.init_std)
+            return model
 
     def work(self, pool: Pool) -> float:
         """Multiplications for one example, forward; roughly."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class Measurement:
         threshold: the loss at which a basin ends.
         method: of ``fastvol.estimate``.
         metric: likewise; the published one is ``"filter"``.
-        std: of a normal law about the minimum whose mass in the basin is measured; ``None``
-            measures volume.
+        std: of a normal law whose mass in the basin is measured; ``None`` measures volume.
+        center: of that law: ``"minimum"`` or ``"origin"``.
         seed: which directions. Equal seeds share them, so minima of one network are compared
             direction by direction.
     """
@@ -38,6 +38,7 @@ class Measurement:
     method: str = "radial"
     metric: str = "filter"
     std: float | None = None
+    center: Literal["minimum", "origin"] = "minimum"
     seed: int = 0
 
     def describe(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def measure(
         return Outcome(facts)
     measure: fastvol.Lebesgue | fastvol.Gaussian = fastvol.Lebesgue()
     if how.std is not None:
-        measure = fastvol.Gaussian(how.std)
+        measure = fastvol.Gaussian(how.std, center=how.center)
     volume = fastvol.estimate(
         model,
         loss_fn,
