@@ -57,5 +57,4 @@ class Pool:
         """Which outputs name the right label, bool ``[N]`` (``[N, length]`` for text)."""
         if self.loss == "bce":
             return (outputs[:, 0] > 0) == (labels == 1)
-        axis = 1 if outputs.dim() == 2 else -1
-        return outputs.argmax(axis) == labels
+        return outputs.argmax(1) == labels
