@@ -1,6 +1,6 @@
 """What the field has found about large minima and data, to repeat, change and extend.
 
-One folder a question. ``python -m experiments`` lists them, ``python -m experiments NAME`` runs one.
+One folder a question: ``python -m experiments`` lists them, with a name it runs one.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nexperiments: stopped. What was finished is kept: the same command goes on from there",
+            "\nexperiments: stopped. What was finished is kept: the same command goes on",
             file=sys.stderr,
         )
         return 130
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     else:
         results.prepare(path)
         found = _carry_out(script, options, path)
-    drawn = figures.save(script.draw(found), path.with_suffix(""), results.checksum(path))
+    with figures.style():
+        drawn = figures.save(script.draw(found), path.with_suffix(""), results.checksum(path))
     print(script.title(found))
     print(f"{path}, {', '.join(str(figure) for figure in drawn)}")
     return found
@@ -99,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        help="hub: data sets by name (the default beyond smoke); builtin (the default at smoke); or "
-        "a folder with mnist/ and cifar10/, each with train.parquet and test.parquet; for "
+        help="hub: data sets by name (the default beyond smoke); builtin (the default at smoke); "
+        "or a folder with mnist/ and cifar10/, each with train.parquet and test.parquet; for "
         "language a text file",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")

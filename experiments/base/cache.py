@@ -37,12 +37,14 @@ class Outcome:
         facts: JSON-ready; not-a-number and infinities are allowed.
         tensors: by name.
         volume: a result of fastvol; a unit has tensors or a volume, not both.
-        commit, dirty: of the sources that made it, filled in by the cache.
+        seconds: that it took, wall clock.
+        commit, dirty: of the sources that made it.
     """
 
     facts: dict[str, Any]
     tensors: Mapping[str, Tensor] | None = None
     volume: fastvol.VolumeEstimate | None = None
+    seconds: float = 0.0
     commit: str | None = COMMIT
     dirty: bool = DIRTY
 
@@ -94,7 +96,8 @@ class Cache:
                     volume = fastvol.load(companion)
                 else:
                     tensors = load_file(companion)
-            return Outcome(facts, tensors, volume, entry["commit"], entry["dirty"])
+            made = (float(entry["seconds"]), entry["commit"], bool(entry["dirty"]))
+            return Outcome(facts, tensors, volume, *made)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError, fastvol.FastvolError):
             return None
 
@@ -118,6 +121,7 @@ class Cache:
             "facts": outcome.facts,
             "sha256": _checksum(config, outcome.facts),
             "beside": beside,
+            "seconds": outcome.seconds,
             "commit": outcome.commit,
             "dirty": outcome.dirty,
         }

@@ -7,7 +7,9 @@ mark with an arrow upward: a lower bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +36,13 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
+    "legend.title_fontsize": 8.0,
     "lines.linewidth": 1.4,
     "lines.markersize": 5.5,
     "pdf.fonttype": 42,
     "savefig.dpi": 160,
 }
+_CHARACTERS_AN_INCH = 11.0
 _SOURCE = "fastvol results sha256"
 
 
@@ -58,14 +62,27 @@ def check() -> None:
 
 def panels(columns: int, title: str, *, rows: int = 1, width: float = 4.3) -> tuple[Figure, Any]:
     """A figure with its finding above, and its Axes as an array ``[rows, columns]``."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width * columns, 3.6 * rows + 0.4), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        figure.suptitle(_folded(title, round(16 * columns * width)), fontsize=11)
+    figure = Figure(figsize=(width * columns, 3.6 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    finding = textwrap.wrap(title, round(_CHARACTERS_AN_INCH * columns * width))
+    figure.suptitle("\n".join(finding), fontsize=10.5)
     return figure, axes
+
+
+def log_axis(ax: Axes) -> None:
+    """A logarithmic x-axis whose labels read 50, 100, 200."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    decades = math.log10(high / low)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0)
+    if decades < 3.3:
+        ax.xaxis.set_major_locator(LogLocator(subs=subs if decades < 2.2 else (1.0, 3.0)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def series(
@@ -82,7 +99,8 @@ def series(
     Args:
         ax: where.
         x: of each entry.
-        values: as ``volumes.describe`` and ``volumes.filled`` make them.
+        values: as ``volumes.describe`` and ``volumes.filled`` make them; one that is not
+            reliable is a lower bound unless its ``bound`` is ``"upper"`` or ``None``.
         index: which colour, mark and line.
         label: for the legend.
         line: whether the marks are joined.
@@ -111,11 +129,13 @@ def series(
             )
         else:
             ax.plot(places, heights, marker, color=color, markerfacecolor="white", zorder=2)
-            for at, height in zip(places, heights, strict=True):
+            for at, v in chosen:
+                if v.get("bound", "lower") is None:
+                    continue
                 ax.annotate(
                     "",
-                    xy=(at, height),
-                    xytext=(0, 13),
+                    xy=(at, v["value"]),
+                    xytext=(0, -13 if v.get("bound", "lower") == "upper" else 13),
                     textcoords="offset points",
                     arrowprops={"arrowstyle": "<-", "color": color, "linewidth": 0.9},
                 )
@@ -141,16 +161,16 @@ def plain(
 
 def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
     """The legend: the lines, then what a filled and an open mark mean, as far as they occur."""
-    reliable = {
-        bool(entry["reliable"]) for entry in entries if number(entry.get("value")) is not None
-    }
-    if True in reliable:
+    shown = [entry for entry in entries if number(entry.get("value")) is not None]
+    doubtful = {entry.get("bound", "lower") for entry in shown if not entry["reliable"]}
+    if any(entry["reliable"] for entry in shown):
         ax.plot([], [], "o", color="0.4", label="reliable, with 95 % interval")
-    if False in reliable:
-        ax.plot([], [], "o", color="0.4", markerfacecolor="white", label="↑ lower bound only")
+    words = {"lower": "↑ lower bound only", "upper": "↓ upper bound only", None: "not reliable"}
+    if doubtful:
+        label = ", ".join(words[bound] for bound in words if bound in doubtful)
+        ax.plot([], [], "o", color="0.4", markerfacecolor="white", label=label)
     if ax.get_legend_handles_labels()[0]:
-        size = _STYLE["legend.fontsize"]
-        ax.legend(**{"frameon": False, "fontsize": size, "title_fontsize": size, **options})
+        ax.legend(**options)
 
 
 def several(count: int, one: str, many: str | None = None) -> str:
@@ -165,6 +185,15 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+@contextmanager
+def style() -> Iterator[None]:
+    """The one style, while a figure is drawn and saved."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
 def save(figure: Figure, stem: Path, source: str) -> list[Path]:
     """Writes ``<stem>.png`` and ``<stem>.pdf``, which name the results they are drawn from.
 
@@ -173,15 +202,14 @@ def save(figure: Figure, stem: Path, source: str) -> list[Path]:
         stem: path without suffix.
         source: SHA-256 of the results' file.
     """
-    import matplotlib
-
     paths = []
-    with matplotlib.rc_context(_STYLE):
-        for suffix, key in ((".png", _SOURCE), (".pdf", "Keywords")):
-            path = stem.with_suffix(suffix)
-            note = source if suffix == ".png" else f"{_SOURCE} {source}"
-            figure.savefig(path, metadata={key: note})
-            paths.append(path)
+    for suffix, note in (
+        (".png", {_SOURCE: source}),
+        (".pdf", {"Keywords": f"{_SOURCE} {source}"}),
+    ):
+        path = stem.with_suffix(suffix)
+        figure.savefig(path, metadata=note)
+        paths.append(path)
     return paths
 
 
@@ -191,9 +219,3 @@ def source_of(path: Path) -> str | None:
 
     with Image.open(path) as image:
         return image.info.get(_SOURCE)
-
-
-def _folded(title: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(title, width))

@@ -95,6 +95,26 @@ def spirals(count: int = 4000, test: int = 2000) -> Pool:
     )
 
 
+def moons(count: int = 2000, test: int = 1000) -> Pool:
+    """Two interlocking half circles in the plane, ``[N, 2]``, with noise of deviation 0.1."""
+    generator = torch.Generator().manual_seed(3)
+    angle = math.pi * torch.rand(count + test, generator=generator)
+    labels = torch.randint(0, 2, (count + test,), generator=generator)
+    sign = 1.0 - 2.0 * labels
+    arcs = torch.stack([sign * (angle.cos() - 0.5), sign * (angle.sin() - 0.25)], 1)
+    inputs = 2.0 * (arcs + 0.1 * torch.randn(arcs.shape, generator=generator))
+    return Pool(
+        name="moons",
+        source="two half circles",
+        inputs=inputs[test:],
+        labels=labels[test:],
+        test_inputs=inputs[:test],
+        test_labels=labels[:test],
+        classes=2,
+        loss="bce",
+    )
+
+
 def modular(modulus: int = 97) -> Pool:
     """All sums a + b mod p as two one-hot vectors, ``[p², 2p]``; tested on what is left over."""
     a, b = torch.arange(modulus).repeat_interleave(modulus), torch.arange(modulus).repeat(modulus)

@@ -100,8 +100,9 @@ def load_images(name: str, where: str, cache: Path) -> Pool:
 def _files(images: ImageSet, folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ExperimentError(
-            f"--data: there is no folder {folder}; name one that holds {images.folder}/train.parquet "
-            f"and {images.folder}/test.parquet, or --data hub for {images.hub}"
+            f"--data: there is no folder {folder}; name one that holds "
+            f"{images.folder}/train.parquet and {images.folder}/test.parquet, or "
+            f"--data hub for {images.hub}"
         )
     for place in (folder / images.folder, folder):
         files = [place / f"{split}.parquet" for split in _SPLITS]
@@ -114,10 +115,11 @@ def _files(images: ImageSet, folder: Path) -> list[Path]:
 
 
 def _file_digest(path: Path) -> str:
+    content = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest"
-        ) else hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def _decoded(
@@ -166,7 +168,7 @@ def _from_hub(datasets: Any, images: ImageSet, where: str, cache: Path) -> Any:
         # The hub's client raises a dozen kinds, some of them its own, for one cause.
         raise ExperimentError(
             f"--data hub: {images.hub} could not be had from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}). "
+            f"({_first_line(error)}). "
             "Without a network put its parquet files into a folder: "
             f"--data DIR with DIR/{images.folder}/train.parquet and test.parquet"
         ) from error
@@ -183,8 +185,13 @@ def _from_files(datasets: Any, images: ImageSet, where: str, cache: Path) -> Any
     except Exception as error:
         raise ExperimentError(
             f"--data: {files[0].parent} holds parquet files that cannot be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'})"
+            f"({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).splitlines()
+    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
 
 
 def _read_kept(path: Path) -> dict[str, Tensor] | None:

@@ -128,7 +128,8 @@ class Laboratory:
         """The pool of this name, loaded once.
 
         Args:
-            name: ``"mnist"``, ``"cifar10"``, ``"digits"``, ``"spirals"``, ``"modular"``, ``"text"``.
+            name: ``"mnist"``, ``"cifar10"``, ``"digits"``, ``"spirals"``, ``"moons"``,
+                ``"modular"`` or ``"text"``.
             window: characters of a window of text.
 
         Raises:
@@ -149,6 +150,7 @@ class Laboratory:
         makers = {
             "digits": generated.digits,
             "spirals": generated.spirals,
+            "moons": generated.moons,
             "modular": generated.modular,
         }
         return makers[name]()
@@ -189,7 +191,9 @@ class Laboratory:
         steps = recipe.epochs * math.ceil(sample.size / (recipe.batch or sample.size))
         flow = 3e-9 * recipe.epochs * sample.size * net.work(pool)
         cost = _SECONDS_A_GIGA * flow + _STEP_SECONDS * steps
-        return Unit("model", _training_config(training, pool), cost * (2 if recipe.sam else 1), work)
+        return Unit(
+            "model", _training_config(training, pool), cost * (2 if recipe.sam else 1), work
+        )
 
     def config(self, training: Training) -> dict[str, Any]:
         """JSON-ready: all that decides the outcome of a training."""
@@ -261,4 +265,3 @@ def _device(name: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise ExperimentError(f"--device: {name} cannot be used here: {first}") from error
     return device
-

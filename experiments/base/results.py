@@ -43,6 +43,7 @@ def write(path: Path, payload: Mapping[str, Any], outcomes: Iterable[Outcome]) -
     kept = list(outcomes)
     made_by = {
         "units": len(kept),
+        "unit_seconds": round(sum(outcome.seconds for outcome in kept), 1),
         "commits": sorted({outcome.commit or "unknown" for outcome in kept}),
         "dirty": any(outcome.dirty for outcome in kept),
     }

@@ -72,42 +72,54 @@ def straight_line(x: Sequence[float], y: Sequence[float], level: float = 0.95) -
 
 
 def ranking(
-    volumes: Sequence[fastvol.VolumeEstimate], sizes: Sequence[float], radius: float | None
-) -> dict[str, Any]:
+    volumes: Sequence[fastvol.VolumeEstimate], sizes: Sequence[float], *, honest: bool
+) -> dict[str, Any] | None:
     """How minima rank in one landscape, by bootstrap over their common directions.
 
     Args:
         volumes: of runs along the same directions, by plain rays.
         sizes: training-set size of each.
-        radius: of the balls that are compared; ``None`` compares the published quantity, which is
-            carried by the longest ray.
+        honest: compare every two minima by φ(R) at the largest radius reliable in both; else by the
+            published quantity, which is carried by the longest ray.
 
     Returns:
-        probability_first_is_largest, and of the rank agreement (Kendall's τ between volume and
-        training-set size; −1 where more data always means smaller): tau, tau_low, tau_high,
-        probability_perfect.
+        ``None`` where no two can be compared. Else probability_first_is_largest, and of the rank
+        agreement (Kendall's τ between volume and training-set size; −1 where more data always means
+        smaller, ties count as neither): tau, tau_low, tau_high (95 %), probability_perfect; pairs
+        that were compared, of possible ones.
     """
-    from scipy import stats
-
-    logs = np.stack([volume.log_radii for volume in volumes])
-    if radius is not None:
-        logs = np.minimum(logs - math.log(radius), 0.0)
-    logs = logs * volumes[0].dim
-    weights = np.exp(logs - logs.max(1, keepdims=True))
+    count, n = len(volumes), min(volume.n for volume in volumes)
+    log_powers = np.stack([v.dim * np.asarray(v.log_radii[:n]) for v in volumes])
     rng = np.random.default_rng(0)
-    counts = rng.multinomial(logs.shape[1], np.full(logs.shape[1], 1 / logs.shape[1]), _RESAMPLES)
-    with np.errstate(divide="ignore"):
-        drawn = np.log(counts @ weights.T) + logs.max(1)
-    found = np.log(weights.sum(1)) + logs.max(1)
-    taus = np.array([stats.kendalltau(sizes, row).statistic for row in drawn])
-    low, high = np.nanquantile(taus, [0.025, 0.975])
+    counts = rng.multinomial(n, np.full(n, 1 / n), _RESAMPLES).astype(np.float64)
+    # The first row is the sample itself.
+    counts = np.concatenate([np.ones((1, n)), counts])
+    signs: dict[tuple[int, int], Float] = {}
+    for i in range(count):
+        for j in range(i):
+            cap = min(volumes[i].reliable_radius, volumes[j].reliable_radius)
+            if honest and cap <= 0:
+                continue
+            pair = log_powers[[i, j]]
+            if honest and math.isfinite(cap):
+                pair = np.minimum(pair - volumes[i].dim * math.log(cap), 0.0)
+            weights = np.exp(pair - pair.max())
+            means = counts @ weights.T
+            signs[i, j] = np.sign(means[:, 0] - means[:, 1])
+    if not signs:
+        return None
+    first = [signs[pair] for pair in signs if pair[1] == 0]
+    largest = np.all([sign < 0 for sign in first], axis=0)[1:] if first else np.zeros(1)
+    taus = np.mean([sign * np.sign(sizes[i] - sizes[j]) for (i, j), sign in signs.items()], axis=0)
+    low, high = np.quantile(taus[1:], [0.025, 0.975])
     return {
-        "probability_first_is_largest": float((drawn.argmax(1) == 0).mean()),
-        "tau": float(stats.kendalltau(sizes, found).statistic),
+        "probability_first_is_largest": float(np.mean(largest)),
+        "tau": float(taus[0]),
         "tau_low": float(low),
         "tau_high": float(high),
-        "probability_perfect": float((taus < -1 + 1e-9).mean()),
-        "radius": radius,
+        "probability_perfect": float((taus[1:] < -1 + 1e-9).mean()),
+        "pairs": len(signs),
+        "possible_pairs": count * (count - 1) // 2,
         "resamples": _RESAMPLES,
     }
 

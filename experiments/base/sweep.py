@@ -1,10 +1,11 @@
-"""Runs units of work, each kept as soon as it is done, with an estimate of the time that is left."""
+"""Runs units of work, each kept as soon as it is done, and estimates the time that is left."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cache import Cache, Outcome
@@ -55,7 +56,9 @@ def sweep(cache: Cache, units: Sequence[Unit], label: str, *, quiet: bool = Fals
     ) as bar:
         for done, index in enumerate(todo):
             unit, reached = units[index], 0.0
-            bar.set_postfix_str(f"({done} of {len(todo)} to do, {len(units)} in all)", refresh=False)
+            bar.set_postfix_str(
+                f"({done} of {len(todo)} to do, {len(units)} in all)", refresh=False
+            )
 
             def tick(share: float, unit: Unit = unit) -> None:
                 nonlocal reached
@@ -65,7 +68,9 @@ def sweep(cache: Cache, units: Sequence[Unit], label: str, *, quiet: bool = Fals
             # The same unit may stand twice in a sweep.
             outcome = cache.read(unit.kind, unit.config) if done else None
             if outcome is None:
+                began = time.perf_counter()
                 outcome = unit.work(tick)
+                outcome = replace(outcome, seconds=round(time.perf_counter() - began, 3))
                 cache.write(unit.kind, unit.config, outcome)
             tick(1.0)
             found[index] = outcome

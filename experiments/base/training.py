@@ -105,7 +105,9 @@ def train(
     def keep(epoch: int) -> None:
         facts = evaluate(model, pool, (inputs, targets), tests, device)
         if not math.isfinite(facts["train_loss"]):
-            raise ExperimentError(f"the training loss is {facts['train_loss']} after {epoch} epochs")
+            raise ExperimentError(
+                f"the training loss is {facts['train_loss']} after {epoch} epochs"
+            )
         weights = {
             name: value.detach().to("cpu", copy=True).contiguous()
             for name, value in model.named_parameters()

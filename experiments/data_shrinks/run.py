@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import figures
 from ..base.cache import Outcome
+from ..base.figures import several
 from ..base.laboratory import Laboratory, Probe, Run
 from ..base.protocols import MNIST_SIZES, SMOKE, Family, grid, mnist_mlp
-from ..base.figures import several
 from ..base.statistics import mean_of, over_seeds
 from ..base.sweep import Tick, Unit
 from ..base.training import running_losses
@@ -61,9 +61,7 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
     ends = laboratory.sweep(
         [_vanishing(laboratory, settings, runs[cell]) for cell in cells], "where they vanish"
     )
-    vanishes = {
-        cell: outcome.facts["vanishes"] for cell, outcome in zip(cells, ends, strict=True)
-    }
+    vanishes = {cell: outcome.facts["vanishes"] for cell, outcome in zip(cells, ends, strict=True)}
     probes = {
         (*cell, size): Probe(run, run.training.sample.landscape(size), settings.how)
         for cell, run in runs.items()
@@ -166,7 +164,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
                         linewidth=2.5,
                     )
     for ax, key in zip(axes[0], shown, strict=True):
-        ax.set_xscale("log")
+        figures.log_axis(ax)
         ax.set_xlabel("images of the landscape (tick: the minimum vanishes)")
         figures.explain(ax, *shown[key], title="trained on")
     radius = found["radius"]

@@ -91,9 +91,9 @@ _KEPT = (200, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000)
 
 SETTINGS = {
     "smoke": Settings(
-        (_spirals((20, 60), 2, 200, 200), _modular((94, 400), 1, 150, 150)),
+        (_spirals((20, 40), 2, 200, 300), _modular((94, 300), 1, 150, 100)),
         Grokking(
-            MODULAR_MLP, Recipe(120, keep=(40, 80)), 940, (1,), Measurement(120, threshold=0.0105)
+            MODULAR_MLP, Recipe(60, keep=(30,)), 400, (1,), Measurement(120, threshold=0.0105)
         ),
     ),
     "small": Settings(
@@ -264,6 +264,6 @@ def _growing(ax: Any, case: Mapping[str, Any], name: str, label: str) -> None:
     means = [over_seeds([row[name] for row in rows if row["size"] == size]) for size in sizes]
     figures.series(ax, sizes, means, 0, "mean over seeds (each in grey)")
     figures.explain(ax, *means)
-    ax.set_xscale("log")
+    figures.log_axis(ax)
     ax.set_xlabel("examples trained on, and of the landscape")
     ax.set_ylabel(label)

@@ -97,14 +97,12 @@ class Settings:
     ranked: tuple[int, ...]
 
 
-_NETWORK = Family(
-    "digits", "digits", DIGITS_MLP, Recipe(500, rate=5e-3), 200, ((200, (1,)),)
-)
+_NETWORK = Family("digits", "digits", DIGITS_MLP, Recipe(500, rate=5e-3), 200, ((200, (1,)),))
 
 SETTINGS = {
     "smoke": Settings(
-        (Body("ellipsoid, d = 20", 20, 2, 10.0), Body("quartic, d = 20", 20, 4, 10.0)),
-        (100, 400),
+        (Body("quartic, d = 10", 10, 4, 10.0),),
+        (100, 300),
         (0,),
         _NETWORK,
         0.1,
@@ -264,8 +262,8 @@ def title(found: Mapping[str, Any]) -> str:
     off = sum(abs(row["value"]) > 3 * row["stderr"] + 0.05 for row in known)
     return (
         f"Errors with {most} directions ({body['title']}), nats: {parts}. Of "
-        f"{figures.several(len(known), 'estimate')} that passed the gate {off} are off by more than "
-        "3 errors"
+        f"{figures.several(len(known), 'estimate')} that passed the gate {off} are off by more "
+        "than 3 errors"
     )
 
 
@@ -292,9 +290,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
             figures.plain(ranking_ax, x, [row["tau"] for row in mine], index, words)
     ranking_ax.set_title(f"{found['ranking']['title']}: ranking of the minima")
     ranking_ax.set_ylabel("Kendall's τ with the ranking of all directions")
-    ranking_ax.legend(frameon=False)
+    ranking_ax.legend()
     for ax in axes[0]:
-        ax.set_xscale("log")
+        figures.log_axis(ax)
         ax.set_xlabel("directions n")
     return figure
 

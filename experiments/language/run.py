@@ -133,15 +133,17 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
 
 def title(found: Mapping[str, Any]) -> str:
     """What was found, in a sentence."""
-    pairs = [row["found_there_over_this"] for row in found["rows"] if "found_there_over_this" in row]
+    pairs = [
+        row["found_there_over_this"] for row in found["rows"] if "found_there_over_this" in row
+    ]
     known = [pair for pair in pairs if pair["reliable"]]
     larger = sum(pair["probability"] > 0.95 for pair in known)
     smaller = sum(pair["probability"] < 0.05 for pair in known)
     gap = mean_of([pair["value"] for pair in known])
     if not known:
         return (
-            f"In the landscape of {found['base']} windows of text no two minima are reliable at one "
-            "radius"
+            f"In the landscape of {found['base']} windows of text no two minima are reliable at "
+            "one radius"
         )
     return (
         f"In the landscape of {found['base']} windows of text the minimum found there is larger "
@@ -166,7 +168,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
             means = [over_seeds([r["filled"] for r in mine if r["size"] == s]) for s in sizes]
             figures.series(ax, sizes, means, index, f"loss ≤ {threshold:g}, R = {radius:.3g}")
             shown += means
-        where = f"landscape of {found['base']} windows" if kind == "base" else "landscape of its own"
+        where = (
+            f"landscape of {found['base']} windows" if kind == "base" else "landscape of its own"
+        )
         ax.set_title(where)
         ax.set_ylabel("log filled fraction φ(R), nats")
         figures.explain(ax, *shown)
@@ -175,8 +179,8 @@ def draw(found: Mapping[str, Any]) -> Figure:
         losses = [mean_of([row[key] for row in group]) for group in groups]
         figures.plain(axes[0][2], sizes, losses, index, words)
     axes[0][2].set_ylabel("loss, nats a character")
-    axes[0][2].legend(frameon=False)
+    axes[0][2].legend()
     for ax in axes[0]:
-        ax.set_xscale("log")
+        figures.log_axis(ax)
         ax.set_xlabel(f"windows of {found['window']} characters trained on")
     return figure

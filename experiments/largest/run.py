@@ -82,14 +82,12 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
         "title": family.title,
         "radius": radius,
         "rows": rows,
-        "rankings": [_ranking(by_cell, seed, radius) for seed in seeds],
+        "rankings": [_ranking(by_cell, seed) for seed in seeds],
         "grid": _grid(laboratory, settings, runs, by_cell, seeds[0]),
     }
 
 
-def _ranking(
-    by_cell: Mapping[tuple[int, int], Basin], seed: int, radius: float | None
-) -> dict[str, Any]:
+def _ranking(by_cell: Mapping[tuple[int, int], Basin], seed: int) -> dict[str, Any]:
     mine = [
         (size, basin.volume)
         for (size, other), basin in by_cell.items()
@@ -101,8 +99,8 @@ def _ranking(
     return {
         "seed": seed,
         "sizes": sizes,
-        "published": ranking(volumes, sizes, None),
-        "filled": None if radius is None else ranking(volumes, sizes, radius),
+        "published": ranking(volumes, sizes, honest=False),
+        "filled": ranking(volumes, sizes, honest=True),
     }
 
 
@@ -168,8 +166,8 @@ def title(found: Mapping[str, Any]) -> str:
     verb = "is" if chance > 0.5 else "is not"
     return (
         f"In the {found['landscape']}-image landscape the minimum found there {verb} the largest "
-        f"(probability {chance:.2f}, {several(len(ranked), 'seed')}); volume against training-set size: "
-        f"Kendall's τ = {tau:+.2f} ({name})"
+        f"(probability {chance:.2f}, {several(len(ranked), 'seed')}); volume against training-set "
+        f"size: Kendall's τ = {tau:+.2f} ({name})"
     )
 
 
@@ -200,7 +198,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
         0,
     )
     for ax in axes[0]:
-        ax.set_xscale("log")
+        figures.log_axis(ax)
         ax.set_xlabel("images trained on")
     filled_ax.set_ylabel(f"φ(R) in the {found['landscape']}-image landscape, nats")
     published_ax.set_ylabel("log mean r^d, nats")

@@ -90,12 +90,17 @@ def _groups(
         Arm("AdamW", batch or batched, replace(recipe, batch=batch), batched) for batch in batches
     )
     imbalance = tuple(
-        Arm(f"{share:.0%} of the base from two classes", uneven + count, recipe, uneven, count, share)
+        Arm(
+            f"{share:.0%} of the base from two classes",
+            uneven + count,
+            recipe,
+            uneven,
+            count,
+            share,
+        )
         for share in (0.9,)
         for count in more
-    ) + tuple(
-        Arm("classes as they come", uneven + count, recipe, uneven, count) for count in more
-    )
+    ) + tuple(Arm("classes as they come", uneven + count, recipe, uneven, count) for count in more)
     how = Measurement(n)
     return (
         Group("sharpness-aware training", "images trained on", sam, how),
@@ -107,7 +112,7 @@ def _groups(
 SETTINGS = {
     "smoke": Settings(
         DIGITS_MLP,
-        _groups(Recipe(200, rate=5e-3), 60, (60, 240), (None, 50), 200, 100, (0, 300), 200),
+        _groups(Recipe(100, rate=1e-2), 60, (60, 180), (None, 50), 120, 100, (0, 100), 150),
         (1,),
     ),
     "small": Settings(
@@ -163,8 +168,10 @@ def _group(laboratory: Laboratory, settings: Settings, group: Group) -> dict[str
         f"{group.title}: training",
     )
     basins = laboratory.measure(
-        [Probe(run, run.training.sample.landscape(arm.base), group.how)
-         for run, (arm, _) in zip(runs, cells, strict=True)],
+        [
+            Probe(run, run.training.sample.landscape(arm.base), group.how)
+            for run, (arm, _) in zip(runs, cells, strict=True)
+        ],
         f"{group.title}: measuring",
     )
     radius = common_radius([basin.volume for basin in basins])
@@ -206,7 +213,7 @@ def title(found: Mapping[str, Any]) -> str:
         f"SAM changes φ(R) by {_gap(sam, 'SAM, ρ = 0.05', 'AdamW'):+.2f} nats at equal data",
         f"the smallest batch by {_ends(batch):+.2f} nats against the largest",
     ]
-    uneven = [row["series"] for row in imbalance["rows"]][0]
+    uneven = imbalance["rows"][0]["series"]
     parts.append(
         f"balanced data added to an imbalanced base by {_growth(imbalance, uneven):+.2f} nats"
     )
@@ -262,12 +269,12 @@ def draw(found: Mapping[str, Any]) -> Figure:
                 figures.series(above, places, means, index, name)
                 shown += means
         for ax in (above, below):
-            ax.set_xscale("log")
+            figures.log_axis(ax)
             ax.set_xlabel(group["axis"])
         above.set_title(group["title"])
         reach = group["radius"]
         above.set_ylabel("φ(R), nats" if reach is None else f"φ(R = {reach:.3g}), nats")
         below.set_ylabel("test accuracy, %")
         figures.explain(above, *shown)
-        below.legend(frameon=False)
+        below.legend()
     return figure

@@ -71,14 +71,14 @@ class Settings:
 _PICTURES = Family(
     "pictures, CNN",
     "cifar10",
-    Net("cnn", (16,), (4, 8)),
-    Recipe(80, rate=1e-2),
+    Net("cnn", (8,), (4,)),
+    Recipe(60, rate=2e-2),
     50,
     grid((50, 100, 200), seeds=1),
 )
 
 SETTINGS = {
-    "smoke": Settings((Case(SMOKE, (250, 250, 200)), Case(_PICTURES, (200, 200, 200)))),
+    "smoke": Settings((Case(SMOKE, (250, 250, 200)), Case(_PICTURES, (120, 120, 120)))),
     "small": Settings(
         (
             Case(
@@ -95,7 +95,9 @@ SETTINGS = {
     ),
     "paper": Settings(
         (
-            Case(mnist_mlp(grid(MNIST_SIZES, seeds=10)), (10_000, 10_000, 10_000, 5000, 2000, 1000)),
+            Case(
+                mnist_mlp(grid(MNIST_SIZES, seeds=10)), (10_000, 10_000, 10_000, 5000, 2000, 1000)
+            ),
             Case(mnist_cnn(grid(MNIST_SIZES[:-1], seeds=10)), (5000, 5000, 2000, 1000, 500)),
             Case(cifar_mlp(grid(CIFAR_SIZES, seeds=10)), (10_000, 10_000, 5000, 2000, 1000, 500)),
             Case(cifar_cnn(grid(CIFAR_SIZES[:-1], seeds=10)), (5000, 5000, 2000, 1000, 500)),
@@ -234,7 +236,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
         for index, case in enumerate(found["cases"]):
             shown += _panel(above, below, case, name, index)
         for ax in (above, below):
-            ax.set_xscale("log")
+            figures.log_axis(ax)
             ax.set_xlabel("examples trained on, and of the landscape")
         above.set_ylabel(label)
         below.set_ylabel("residual of the fit, nats" + (" / d" if name == "published" else ""))

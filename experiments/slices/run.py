@@ -166,7 +166,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
     levels = np.geomspace(0.01, 10.0, 13)
     filled = None
     for ax, cell in zip(axes[0], slices, strict=True):
-        losses = np.clip(np.array(cell["losses"], dtype=float), 1.0001 * levels[0], 0.9999 * levels[-1])
+        losses = np.clip(
+            np.array(cell["losses"], dtype=float), 1.0001 * levels[0], 0.9999 * levels[-1]
+        )
         filled = ax.contourf(
             cell["x"], cell["y"], losses, levels=levels, norm="log", cmap="cividis_r"
         )
