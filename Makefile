@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -name '*.?pp' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test lint format sanitize bench proof smoke clean
+.PHONY: demo test lint format sanitize bench proof clean
 
 demo: $(VENV)/.package  ## measure a trained network and its poisoned twin
 	$(BIN)/fastvol demo
@@ -36,10 +36,6 @@ bench: $(VENV)/.package $(VENV)/.extra-test  ## ratios against what is used toda
 
 proof: $(VENV)/.package $(VENV)/.extra-test  ## the long proofs, written to benchmarks/results/
 	$(BIN)/python -m benchmarks.proofs
-
-smoke: $(VENV)/.package $(VENV)/.extra-test  ## the short form of every experiment
-	for name in $$($(BIN)/python -c 'import experiments; print(*experiments.NAMES)'); do \
-	  $(BIN)/python -m experiments $$name --quiet || exit 1; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@ direction: the difference is the grid's.
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def published(
 
     Returns:
         grid, exact (nats; None where no direction crosses), step (nats that one step of the grid is
-        worth at the longest radius), directions, dropped (that never cross).
+        worth at the longest radius), median_log_radius (exact), directions, dropped (that never cross).
     """
     loss_fn = LOSSES[pool.loss]
     inputs, targets = landscape
@@ -75,6 +76,7 @@ def published(
         "grid": _log_mean_power(log_grid, dim),
         "exact": _log_mean_power(log_exact, dim),
         "step": 2 * dim * math.log((highest + 1) / highest) if highest else None,
+        "median_log_radius": statistics.median(log_exact) if log_exact else None,
         "directions": directions,
         "dropped": directions - len(log_grid),
     }
