@@ -189,7 +189,7 @@ class Laboratory:
             return Outcome(facts, tensors)
 
         steps = recipe.epochs * math.ceil(sample.size / (recipe.batch or sample.size))
-        flow = 3e-9 * recipe.epochs * sample.size * net.work(pool)
+        flow = 1.2e-9 * recipe.epochs * sample.size * net.work(pool)
         cost = _SECONDS_A_GIGA * flow + _STEP_SECONDS * steps
         return Unit(
             "model", _training_config(training, pool), cost * (2 if recipe.sam else 1), work
@@ -245,7 +245,7 @@ class Laboratory:
             "how": how.describe(),
         }
         flow = 1e-9 * how.n * _LOSSES_A_DIRECTION * probe.landscape.size
-        cost = _SECONDS_A_GIGA * flow * training.net.work(pool) + 1e-3 * how.n
+        cost = _SECONDS_A_GIGA * flow * training.net.work(pool) + 4e-3 * how.n
         return Unit("volume", config, cost, work)
 
 

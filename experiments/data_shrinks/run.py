@@ -46,8 +46,8 @@ SETTINGS = {
     "smoke": Settings(SMOKE, (60, 80, 120, 240, 960), Measurement(300)),
     "small": Settings(
         mnist_mlp(grid(MNIST_SIZES, seeds=2, fewer={20000: 1, 60000: 1})),
-        _LANDSCAPES[:-2],
-        Measurement(500),
+        (60, 80, 120, 240, 600, 2000, 6000),
+        Measurement(300),
     ),
     "paper": Settings(mnist_mlp(grid(MNIST_SIZES, seeds=10)), _LANDSCAPES, Measurement(10_000)),
 }

@@ -102,7 +102,7 @@ _NETWORK = Family("digits", "digits", DIGITS_MLP, Recipe(500, rate=5e-3), 200, (
 SETTINGS = {
     "smoke": Settings(
         (Body("quartic, d = 10", 10, 4, 10.0),),
-        (100, 300),
+        (60, 200),
         (0,),
         _NETWORK,
         0.1,

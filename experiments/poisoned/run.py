@@ -74,10 +74,10 @@ SETTINGS = {
         cases=(
             _SPIRALS,
             _DIGITS,
-            Case("mnist", "MNIST", MNIST_MLP, Recipe(500), 2000, (0, 33, 167, 333, 667)),
+            Case("mnist", "MNIST", MNIST_MLP, Recipe(500), 1000, (0, 17, 83, 167, 333)),
         ),
         seeds=(0, 1, 2),
-        how=Measurement(1000),
+        how=Measurement(400),
     ),
     "paper": Settings(
         cases=(

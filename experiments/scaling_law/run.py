@@ -85,12 +85,12 @@ SETTINGS = {
                 mnist_mlp(grid(MNIST_SIZES, seeds=2, fewer={20000: 1, 60000: 1})),
                 (1000, 1000, 300, 200, 50, 50),
             ),
-            Case(mnist_cnn(grid((60, 150, 400), seeds=1)), (200, 200, 200)),
+            Case(mnist_cnn(grid((60, 120, 240, 480), seeds=1)), (200, 200, 200, 50)),
             Case(
                 cifar_mlp(grid((50, 200, 500, 2000), seeds=2, fewer={2000: 1})),
                 (400, 300, 200, 50),
             ),
-            Case(cifar_cnn(grid((50, 150, 400), seeds=1)), (200, 200, 50)),
+            Case(cifar_cnn(grid((50, 100, 200), seeds=1)), (200, 200, 200)),
         )
     ),
     "paper": Settings(
