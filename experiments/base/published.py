@@ -40,7 +40,8 @@ def published(
 
     Returns:
         grid, exact (nats; None where no direction crosses), step (nats that one step of the grid is
-        worth at the longest radius), median_log_radius (exact), directions, dropped (that never cross).
+        worth at the longest radius), median_log_radius (exact), directions, dropped (those that
+        never cross).
     """
     loss_fn = LOSSES[pool.loss]
     inputs, targets = landscape
