@@ -169,9 +169,7 @@ def search_step(state: SearchState) -> None:
 
     # The displaced end of a bracket is the third point of the interpolation.
     displaced = active & ~scanning
-    third_x = torch.where(
-        displaced, torch.where(inside, low_x, high_x), numbers[Number.THIRD_X]
-    )
+    third_x = torch.where(displaced, torch.where(inside, low_x, high_x), numbers[Number.THIRD_X])
     third_loss = torch.where(
         displaced, torch.where(inside, low_loss, high_loss), numbers[Number.THIRD_LOSS]
     )
@@ -202,9 +200,7 @@ def search_step(state: SearchState) -> None:
     stepping = moved & ~entering
     capped = stepping & inside & (x >= log_cap)
     f, usable = _log_excess(loss, smooth, loss0, threshold)
-    f_before, usable_before = _log_excess(
-        third_loss, third_known & third_smooth, loss0, threshold
-    )
+    f_before, usable_before = _log_excess(third_loss, third_known & third_smooth, loss0, threshold)
     secant = (f - f_before) / (x - third_x)
     follow = usable & usable_before & secant.isfinite() & (secant > 0)
     slope = torch.where(

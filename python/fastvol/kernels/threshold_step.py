@@ -1,29 +1,20 @@
 """``threshold_step`` on a GPU: see :mod:`fastvol._reference.threshold_step`, which defines it.
 
-One program sums one ray's losses, or a stretch of them where the rays alone would not fill the
-card; another moves all searches. No loss crosses to the host.
+The losses are summed as in :mod:`fastvol.kernels.losses`; one program then moves all searches. No
+loss crosses to the host.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._reference.search import Status
 from .._reference.search_step import Mark, Number, Phase, Rule, SearchState
+from .losses import add_losses
 
-_KINDS = {"given": 0, "cross_entropy": 1, "mse": 2, "bce_with_logits": 3}
-# Programs that fill any card.
-_PROGRAMS = 512
 _LANES = 128
-# Elements of a tile.
-_TILE = 2048
-
-_GIVEN = tl.constexpr(0)
-_CROSS_ENTROPY = tl.constexpr(1)
-_MSE = tl.constexpr(2)
 
 _X = tl.constexpr(int(Number.X))
 _RADIUS = tl.constexpr(int(Number.RADIUS))
@@ -59,7 +50,6 @@ _SLOPE = tl.constexpr(int(Rule.SLOPE))
 _SCAN_SPAN = tl.constexpr(int(Rule.SCAN_SPAN))
 _SCAN_POINTS = tl.constexpr(int(Rule.SCAN_POINTS))
 _MAX_EVALUATIONS = tl.constexpr(int(Rule.MAX_EVALUATIONS))
-_LIMIT = tl.constexpr(int(Rule.LIMIT))
 
 _BRACKET = tl.constexpr(int(Phase.BRACKET))
 _REFINE = tl.constexpr(int(Phase.REFINE))
@@ -70,7 +60,6 @@ _CONVERGED = tl.constexpr(int(Status.CONVERGED))
 _UNBOUNDED = tl.constexpr(int(Status.UNBOUNDED))
 _NONFINITE = tl.constexpr(int(Status.NONFINITE))
 _FAILED = tl.constexpr(int(Status.FAILED))
-
 
 
 def threshold_step(
@@ -94,225 +83,23 @@ def threshold_step(
         ValueError: an unknown kind, or outputs of another dtype than float16, bfloat16, float32 or
             float64.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {list(_KINDS)}, got {kind!r}")
-    if outputs.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"outputs must be floating-point up to float64, got {outputs.dtype}")
-    first_lane = 0 if lanes is None or lanes.start is None else lanes.start
-    outputs = outputs.contiguous()
-    rays = outputs.shape[0]
-    if kind == "cross_entropy":
-        _, rows, classes = outputs.shape
-    else:
-        rows, classes = (outputs.numel() // rays if rays else 0), 1
-    if rays:
-        block_c = min(triton.next_power_of_2(classes), _TILE)
-        block_n = max(1, min(triton.next_power_of_2(max(rows, 1)), _TILE // block_c, 256))
-        tiles = triton.cdiv(max(rows, 1), block_n)
-        splits = max(1, min(tiles, _PROGRAMS // rays))
-        per_split = triton.cdiv(tiles, splits) * block_n
-        splits = triton.cdiv(max(rows, 1), per_split)
-        sums, marks = state.numbers, state.marks
-        if splits > 1:
-            device = outputs.device
-            sums = torch.empty((splits, rays), dtype=torch.float64, device=device)
-            marks = torch.empty((splits, rays), dtype=torch.int32, device=device)
-        # A number of the host arrives in float32: two of them hold a double.
-        coarse = _float32(scale)
-        _sum_kernel[(rays, splits)](
-            outputs,
-            outputs if target is None else target.contiguous(),
-            state.numbers,
-            state.marks,
-            state.rules,
-            sums,
-            marks,
-            state.lanes,
-            first_lane,
-            rows,
-            classes,
-            per_split,
-            ignore_index,
-            coarse,
-            scale - coarse,
-            KIND=_KINDS[kind],
-            FIRST=first,
-            SPLIT=splits > 1,
-            DOUBLE=outputs.dtype == torch.float64,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-        )
-        if splits > 1:
-            _combine_kernel[(triton.cdiv(rays, _LANES),)](
-                state.numbers,
-                state.marks,
-                state.rules,
-                sums,
-                marks,
-                state.lanes,
-                first_lane,
-                rays,
-                splits,
-                FIRST=first,
-                BOUNDED=kind != "given",
-                BLOCK=_LANES,
-            )
+    part = slice(None) if lanes is None else lanes
+    add_losses(
+        outputs,
+        target,
+        state.numbers[Number.TOTAL, part],
+        state.marks[Mark.BEYOND, part],
+        state.rules[Rule.LIMIT : Rule.LIMIT + 1],
+        state.marks[Mark.PHASE, part],
+        kind=kind,
+        scale=scale,
+        ignore_index=ignore_index,
+        first=first,
+    )
     if last:
-        _move_kernel[(1,)](
+        move_kernel[(1,)](
             state.numbers, state.marks, state.rules, state.settled, state.lanes, BLOCK=_LANES
         )
-
-
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
-
-
-@triton.jit
-def _log1p(e):
-    # Kahan's: the rounding of 1 + e cancels.
-    u = 1.0 + e
-    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def _sum_kernel(
-    outputs,
-    target,
-    numbers,
-    marks,
-    rules,
-    sums,
-    stopped,
-    lanes,
-    first_lane,
-    rows,
-    classes,
-    per_split,
-    ignore_index,
-    scale_coarse,
-    scale_fine,
-    KIND: tl.constexpr,
-    FIRST: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    ray = tl.program_id(0)
-    split = tl.program_id(1)
-    lane = first_lane + ray
-    dtype = tl.float64 if DOUBLE else tl.float32
-    before = tl.full((), 0.0, tl.float64)
-    own = tl.full((), 0.0, tl.float64)
-    beyond = tl.full((), 0, tl.int32)
-    if not FIRST:
-        before += tl.load(numbers + _TOTAL * lanes + lane)
-        beyond += tl.load(marks + _BEYOND * lanes + lane)
-    phase = tl.load(marks + _PHASE * lanes + lane)
-    scale = tl.full((), 0.0, tl.float64) + scale_coarse
-    scale += scale_fine
-    limit = tl.load(rules + _LIMIT)
-    waits = (phase == _BRACKET) | (phase == _REFINE) | (phase == _SCAN)
-    going = (waits & (beyond == 0)).to(tl.int32)
-    row = split * per_split
-    stop = tl.minimum(row + per_split, rows)
-    start = outputs + ray.to(tl.int64) * rows * classes
-    while (row < stop) & (going != 0):
-        index = row + tl.arange(0, BLOCK_N)
-        valid = index < stop
-        if KIND == _CROSS_ENTROPY:
-            label = tl.load(target + index, mask=valid, other=0)
-            valid = valid & (label != ignore_index)
-            place = start + index.to(tl.int64) * classes
-            most = tl.full((BLOCK_N,), float("-inf"), dtype)
-            mass = tl.zeros((BLOCK_N,), dtype)
-            for column in range(0, classes, BLOCK_C):
-                columns = column + tl.arange(0, BLOCK_C)
-                x = tl.load(
-                    place[:, None] + columns[None, :],
-                    mask=valid[:, None] & (columns < classes)[None, :],
-                    other=float("-inf"),
-                ).to(dtype)
-                higher = tl.maximum(most, tl.max(x, axis=1))
-                base = tl.where(higher == float("-inf"), 0.0, higher)
-                mass = mass * tl.exp(most - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
-                most = higher
-            wanted = tl.load(place + label, mask=valid, other=0.0).to(dtype)
-            loss = (most - wanted) + tl.log(mass)
-        else:
-            x = tl.load(start + index, mask=valid, other=0.0).to(dtype)
-            if KIND == _GIVEN:
-                loss = x
-            else:
-                wanted = tl.load(target + index, mask=valid, other=0.0).to(dtype)
-                if KIND == _MSE:
-                    error = (x - wanted).to(tl.float64)
-                    loss = error * error
-                else:
-                    loss = (1.0 - wanted) * x + (
-                        tl.maximum(-x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
-                    )
-                    loss = tl.where(x == x, loss, x)
-        value = tl.where(valid, loss.to(tl.float64), 0.0) * scale
-        after = own + tl.sum(value, axis=0)
-        if KIND != _GIVEN:
-            if before + after <= limit:
-                own = after
-            else:
-                # The first example whose loss goes too far is the last that counts.
-                partial = own + tl.cumsum(value, axis=0)
-                above = before + partial > limit
-                beyond = tl.max(above.to(tl.int32), axis=0)
-                reached = tl.min(tl.where(above, partial, float("inf")), axis=0)
-                own = tl.where(beyond != 0, reached, after)
-                going = (beyond == 0).to(tl.int32)
-        else:
-            own = after
-        row += BLOCK_N
-    if SPLIT:
-        place_out = split * tl.num_programs(0) + ray
-        tl.store(sums + place_out, own)
-        tl.store(stopped + place_out, beyond)
-    elif waits:
-        tl.store(sums + _TOTAL * lanes + lane, before + own)
-        tl.store(stopped + _BEYOND * lanes + lane, beyond)
-
-
-@triton.jit
-def _combine_kernel(
-    numbers,
-    marks,
-    rules,
-    sums,
-    stopped,
-    lanes,
-    first_lane,
-    rays,
-    splits,
-    FIRST: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = ray < rays
-    lane = first_lane + ray
-    limit = tl.load(rules + _LIMIT)
-    total = tl.zeros((BLOCK,), tl.float64)
-    beyond = tl.zeros((BLOCK,), tl.int32)
-    if not FIRST:
-        total += tl.load(numbers + _TOTAL * lanes + lane, mask=valid, other=0.0)
-        beyond += tl.load(marks + _BEYOND * lanes + lane, mask=valid, other=0)
-    for split in range(splits):
-        part = tl.load(sums + split * rays + ray, mask=valid, other=0.0)
-        over = tl.load(stopped + split * rays + ray, mask=valid, other=0)
-        after = total + part
-        total = tl.where(beyond != 0, total, after)
-        if BOUNDED:
-            # A NaN before hides what comes after it.
-            over = ((over != 0) & (after == after)) | (after > limit)
-            beyond = tl.where(beyond != 0, beyond, over.to(tl.int32))
-    tl.store(numbers + _TOTAL * lanes + lane, total, mask=valid)
-    tl.store(marks + _BEYOND * lanes + lane, beyond, mask=valid)
 
 
 @triton.jit
@@ -335,7 +122,8 @@ def _is_finite(x):
 
 
 @triton.jit
-def _move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexpr):
+def move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexpr):
+    """See :func:`fastvol._reference.search_step.search_step`, in the same order."""
     loss0 = tl.load(rules + _LOSS0)
     threshold = tl.load(rules + _THRESHOLD)
     xtol = tl.load(rules + _XTOL)
@@ -387,12 +175,8 @@ def _move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexp
         from_low = displaced & inside
         from_high = displaced & (inside == 0)
         kept = displaced == 0
-        third_known = (
-            (from_low & low_known) | (from_high & high_known) | (kept & third_known)
-        )
-        third_smooth = (
-            (from_low & low_known) | (from_high & high_smooth) | (kept & third_smooth)
-        )
+        third_known = (from_low & low_known) | (from_high & high_known) | (kept & third_known)
+        third_smooth = (from_low & low_known) | (from_high & high_smooth) | (kept & third_smooth)
         new_low = active & inside
         new_high = active & (inside == 0)
         low_x = tl.where(new_low, x, low_x)
