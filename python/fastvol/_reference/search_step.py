@@ -127,16 +127,17 @@ class SearchState:
         Args:
             lanes: int64 ``[k]`` on the state's device. start: float64 ``[k]`` there.
         """
-        self.numbers[:, lanes] = 0.0
-        self.marks[:, lanes] = 0
+        self.numbers.index_fill_(1, lanes, 0.0)
+        self.marks.index_fill_(1, lanes, 0)
         if scan:
-            self.numbers[Number.KNOWN_X, lanes] = start
+            self.numbers[Number.KNOWN_X].index_copy_(0, lanes, start)
             x = start - self.rules[Rule.SCAN_SPAN]
         else:
             x = torch.minimum(start, self.rules[Rule.LOG_CAP])
-        self.marks[Mark.PHASE, lanes] = int(Phase.SCAN if scan else Phase.BRACKET)
-        self.numbers[Number.X, lanes] = x
-        self.numbers[Number.RADIUS, lanes] = x.exp()
+        phase = int(Phase.SCAN if scan else Phase.BRACKET)
+        self.marks[Mark.PHASE].index_fill_(0, lanes, phase)
+        self.numbers[Number.X].index_copy_(0, lanes, x)
+        self.numbers[Number.RADIUS].index_copy_(0, lanes, x.exp())
 
     def clear(self) -> None:
         """All lanes idle."""
@@ -218,7 +219,7 @@ def search_step(state: SearchState) -> None:
     width = high_x - low_x
     middle = low_x + 0.5 * width
     guard_width = torch.where(entering, width, numbers[Number.GUARD_WIDTH])
-    guard_steps = torch.where(entering, 0, marks[Mark.GUARD_STEPS] + refining)
+    guard_steps = (marks[Mark.GUARD_STEPS] + refining).masked_fill(entering, 0)
     on_log = (low_loss > loss0) & (high_loss > loss0) & (threshold > loss0)
     f_low = _scaled(low_loss, on_log, loss0, threshold)
     f_high = _scaled(high_loss, on_log, loss0, threshold)
@@ -241,7 +242,7 @@ def search_step(state: SearchState) -> None:
     checked = guard_steps >= 3
     trial = torch.where(checked & (width > 0.5 * guard_width), middle, trial)
     guard_width = torch.where(checked, width, guard_width)
-    guard_steps = torch.where(checked, 0, guard_steps)
+    guard_steps = guard_steps.masked_fill(checked, 0)
     margin = torch.minimum(0.5 * width, 0.9 * xtol)
     trial = torch.minimum(torch.maximum(trial, low_x + margin), high_x - margin)
     closed = working & ((width <= xtol) | (trial <= low_x) | (trial >= high_x))
@@ -251,19 +252,17 @@ def search_step(state: SearchState) -> None:
     next_x = torch.where(scanning & inside, torch.where(scanned, known_x, next_scan), x)
     next_x = torch.where(stepping, torch.where(capped, log_cap, next_bracket), next_x)
     next_x = torch.where(working, torch.where(closed, root, trial), next_x)
-    status = torch.where(capped, int(Status.UNBOUNDED), int(Status.CONVERGED))
-    status = torch.where(closed & ~high_loss.isfinite(), int(Status.NONFINITE), status)
+    status = torch.full_like(phase, int(Status.CONVERGED))
+    status = status.masked_fill(capped, int(Status.UNBOUNDED))
+    status = status.masked_fill(closed & ~high_loss.isfinite(), int(Status.NONFINITE))
     spent = active & ~settled & (evaluations >= most)
     next_x = torch.where(spent, torch.where(low_known, low_x, high_x), next_x)
-    status = torch.where(spent, int(Status.FAILED), status)
+    status = status.masked_fill(spent, int(Status.FAILED))
     settled = settled | spent
-    next_phase = torch.where(
-        settled,
-        int(Phase.SETTLED),
-        torch.where(
-            working, int(Phase.REFINE), torch.where(stepping, int(Phase.BRACKET), int(Phase.SCAN))
-        ),
-    )
+    next_phase = torch.full_like(phase, int(Phase.SCAN))
+    next_phase = next_phase.masked_fill(stepping, int(Phase.BRACKET))
+    next_phase = next_phase.masked_fill(working, int(Phase.REFINE))
+    next_phase = next_phase.masked_fill(settled, int(Phase.SETTLED))
 
     _put(numbers[Number.X], active, next_x)
     _put(numbers[Number.RADIUS], active & ~settled, next_x.exp())
@@ -297,15 +296,17 @@ def _log_excess(
 ) -> tuple[Tensor, Tensor]:
     """f on the log scale, and where it is defined; finite elsewhere."""
     usable = smooth & (loss > loss0) & (threshold > loss0)
-    excess = torch.where(usable, loss - loss0, 1.0)
-    gap = torch.where(threshold > loss0, threshold - loss0, 1.0)
-    return excess.log() - gap.log(), usable
+    excess = (loss - loss0).masked_fill(~usable, 1.0)
+    return excess.log() - _log_gap(loss0, threshold), usable
 
 
 def _scaled(loss: Tensor, on_log: Tensor, loss0: Tensor, threshold: Tensor) -> Tensor:
-    excess = torch.where(on_log, loss - loss0, 1.0)
-    gap = torch.where(threshold > loss0, threshold - loss0, 1.0)
-    return torch.where(on_log, excess.log() - gap.log(), loss - threshold)
+    excess = (loss - loss0).masked_fill(~on_log, 1.0)
+    return torch.where(on_log, excess.log() - _log_gap(loss0, threshold), loss - threshold)
+
+
+def _log_gap(loss0: Tensor, threshold: Tensor) -> Tensor:
+    return (threshold - loss0).masked_fill(threshold <= loss0, 1.0).log()
 
 
 def _inverse_quadratic(

@@ -16,7 +16,6 @@ from .._layout import ParameterLayout
 from .._objective import Objective
 from .general import (
     PROBE_STREAM,
-    ROWS_BYTES,
     GeneralEngine,
     Plan,
     losses_agree,
@@ -24,6 +23,7 @@ from .general import (
     warn_of_single_rays,
 )
 from .layered import LayeredEngine, UntraceableError
+from .memory import Peak, rows_bytes
 from .protocol import Float, Indexed
 
 # Losses that a search spends on a direction, about.
@@ -33,6 +33,7 @@ _SHORT_RUN = 1.0
 # Of the run's own time, what the choice may take; and at the least, seconds.
 _SHARE, _LEAST = 0.03, 0.5
 _CHUNKS = (2, 4, 8, 16, 32)
+_DEVICE_CHUNKS = (8, 32, 64, 128, 256, 512)
 _ROWS = (2048, 512, 128)
 # Another plan has to be faster by this much.
 _BETTER = 0.95
@@ -138,7 +139,10 @@ def _layered_plan(
         UntraceableError: the model cannot be evaluated so, or not to the same losses.
     """
     deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
-    most_lanes = min(lanes or max(_CHUNKS), block)
+    device = trial.layout.device
+    # On a GPU one half of the lanes is evaluated while the host looks after the other.
+    groups, chunks = (1, _CHUNKS) if device.type == "cpu" else (2, _DEVICE_CHUNKS)
+    most_lanes = min(lanes or groups * max(chunks), block)
     few = min(most_lanes, 4)
     best = replace(
         general, engine="layered", chunk=1, lanes=few, keep_rows=True, rows=0, cached=True
@@ -151,14 +155,16 @@ def _layered_plan(
     def attempt(plan: Plan) -> float:
         """Seconds a direction; infinite where the plan will not do."""
         per_lane = trial.layout.size * trial.bytes_a_number + (kept if plan.cached else 0)
-        if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * ROWS_BYTES:
+        if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * rows_bytes(device):
             return float("inf")
+        peak = Peak(device)
         try:
-            return trial.seconds(trial.open(plan))
-        except UntraceableError:
+            found = trial.seconds(trial.open(plan))
+        except (UntraceableError, torch.OutOfMemoryError):
             return float("inf")
+        return float("inf") if peak.is_too_high else found
 
-    for variants in _variants(most_lanes, trial.examples):
+    for variants in _variants(most_lanes, trial.examples, groups, chunks):
         worse = 0
         for variant in variants:
             found = attempt(replace(best, **variant))
@@ -178,11 +184,16 @@ def _layered_plan(
     return best, fastest
 
 
-def _variants(most_lanes: int, examples: int) -> Iterator[list[dict[str, Any]]]:
+def _variants(
+    most_lanes: int, examples: int, groups: int, chunks: tuple[int, ...]
+) -> Iterator[list[dict[str, Any]]]:
     """Changes to try, one list after the other; of each the first that helps no more ends it."""
     yield [{"cached": False}]
-    chunks = [chunk for chunk in _CHUNKS if chunk <= most_lanes]
-    yield [{"chunk": chunk, "lanes": max(chunk, min(4, most_lanes))} for chunk in chunks]
+    yield [
+        {"chunk": chunk, "lanes": max(groups * chunk, min(4, most_lanes))}
+        for chunk in chunks
+        if groups * chunk <= most_lanes
+    ]
     yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
 
 
