@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 
@@ -23,6 +24,10 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("fastvol")
+
+# Kernels are made when they are imported: without a GPU for Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)

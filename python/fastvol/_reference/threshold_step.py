@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,8 +108,9 @@ def _values(outputs: Tensor, target: Tensor | None, kind: str, ignore_index: int
     """The loss of each example, float64 ``[k, n]``."""
     if outputs.dtype not in (torch.float32, torch.float64):
         outputs = outputs.to(torch.float32)
+    flat = outputs.reshape(outputs.shape[0], math.prod(outputs.shape[1:]))
     if kind == "given":
-        return outputs.reshape(outputs.shape[0], -1).to(torch.float64)
+        return flat.to(torch.float64)
     assert target is not None
     if kind == "cross_entropy":
         k, n, c = outputs.shape
@@ -118,7 +121,6 @@ def _values(outputs: Tensor, target: Tensor | None, kind: str, ignore_index: int
             ignore_index=ignore_index,
         )
         return each.view(k, n).to(torch.float64)
-    flat = outputs.reshape(outputs.shape[0], -1)
     wanted = target.reshape(-1).to(flat.dtype).expand_as(flat)
     if kind == "mse":
         return (flat - wanted).to(torch.float64).square()

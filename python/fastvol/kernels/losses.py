@@ -95,7 +95,7 @@ def add_losses(
             ``None``.
 
     Raises:
-        ValueError: an unknown kind, or outputs of another dtype.
+        ValueError: an unknown kind, or outputs of another dtype or number of rays.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
@@ -103,6 +103,8 @@ def add_losses(
         raise ValueError(f"outputs must be floating-point up to float64, got {outputs.dtype}")
     outputs = outputs.contiguous()
     rays = outputs.shape[0]
+    if sums.shape != (rays,):
+        raise ValueError(f"outputs must hold {len(sums)} rays, one a lane, got {rays}")
     if not rays:
         return
     rows, classes = outputs.numel() // rays, 1
