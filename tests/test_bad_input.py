@@ -140,7 +140,6 @@ def test_unknown_strings(name: str, text: str) -> None:
     ("name", "value"),
     [
         ("engine", "inplace"),
-        ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
         ("checkpoint", Path("run.ckpt")),
         ("on_interrupt", "return"),

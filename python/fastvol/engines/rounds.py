@@ -116,17 +116,18 @@ class Rounds:
             ):
                 tensor.copy_(value)
 
+        current = torch.cuda.current_stream(self._engine.device)
         try:
             # What is made at a first use must not be made inside the graph.
             stream: Any = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self._engine.device))
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 self._round()
                 restore()
                 self._round()
                 wanted = [state.numbers.clone(), state.marks.clone()]
                 restore()
-            torch.cuda.current_stream(self._engine.device).wait_stream(stream)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._round()
@@ -139,6 +140,9 @@ class Rounds:
             raise
         except RuntimeError as error:
             self.trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            # A capture that fails leaves its own stream behind.
+            torch.cuda.set_stream(current)
         restore()
 
     def _agrees(self, wanted: list[Tensor], before: Tensor) -> bool:
