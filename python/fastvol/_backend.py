@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -263,15 +264,16 @@ def _triton_backend(fallback: Backend) -> Backend:
         return (tensor.is_cuda or interpreted) and tensor.dtype in dtypes
 
     def chosen(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., Any]:
-        """The kernel for tensors that it knows, and what there was before for others."""
+        """The kernel for tensors and options that it knows, else what there was before."""
         before: Callable[..., Any] = getattr(fallback, name)
         kernel = getattr(kernels, name, None)
         if kernel is None:
             fell_back.append(f"triton: there is no kernel for {name}")
             return before
+        known = inspect.signature(kernel).parameters.keys()
 
         def function(out: Tensor, *args: Any, threads: int = 1, **options: Any) -> Any:
-            if runs(out, dtypes):
+            if runs(out, dtypes) and options.keys() <= known:
                 return kernel(out, *args, **options)
             return before(out, *args, threads=threads, **options)
 

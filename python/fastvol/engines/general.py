@@ -171,7 +171,7 @@ class GeneralEngine:
         self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
 
     def resize(self, lanes: int) -> None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         self._plan = replace(self._plan, lanes=lanes, chunk=min(self._plan.chunk, lanes))
         # The old room goes before the new one is asked for.
         self._rows, self._theta, self._views = None, self._theta[:0].clone(), None
@@ -237,7 +237,7 @@ class GeneralEngine:
         return told
 
     def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         if self._rows is None or isinstance(rays, Dense) or rays.preconditioner is not None:
             return None
         for position, lane in enumerate(lanes.tolist()):
@@ -318,7 +318,7 @@ class GeneralEngine:
         return Losses(total / weight)
 
     def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         self._check_stays()
         batches = list(self._objective.batches())
         weight = sum(batch.weight for batch in batches)
@@ -343,7 +343,7 @@ class GeneralEngine:
                 yield LossPart(outputs, None, "given", batch.weight / weight, where, i == 0, last)
 
     def prepare(self, lanes: Int) -> None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
 
     def _check_stays(self) -> None:
         """Whether evaluations need nothing from the host.

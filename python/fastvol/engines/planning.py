@@ -149,6 +149,9 @@ def _layered_plan(
     )
     engine = trial.open(best)
     kept, fastest = engine.bytes_kept, trial.seconds(engine)
+    if device.type != "cpu":
+        # Kernels have been compiled on the way, which says nothing of the run.
+        deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
     # Its memory, before the next one is opened.
     del engine
 

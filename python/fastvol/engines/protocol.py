@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,6 @@ class Engine(Protocol):
 
     lanes: int
     capabilities: Capabilities
-    device: torch.device
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """Puts one ray on each of ``lanes`` (int64 ``[k]``); they stay until replaced."""
@@ -124,6 +123,13 @@ class Engine(Protocol):
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """Losses ``[k]`` and gradients ``[k, d]`` with respect to metric coordinates w."""
         ...
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine whose losses need not leave its device."""
+
+    device: torch.device
 
     def resize(self, lanes: int) -> None:
         """Forgets all rays, and makes room for another number of them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._reference.search_step import Mark, Number, Phase, SearchState
-from .protocol import Engine
+from .protocol import DeviceEngine
 
 Int = npt.NDArray[np.int64]
 
@@ -37,7 +37,7 @@ class Rounds:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: DeviceEngine,
         lanes: slice,
         threshold_step: Callable[..., None],
         pool: Any = None,

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from .._problem import Problem
 from .._reference.search_step import Mark, Number, Phase, Rule
-from ..engines import Engine
 from ..engines.memory import to_device
-from ..engines.protocol import OffDeviceError
+from ..engines.protocol import DeviceEngine, OffDeviceError
 from ..engines.rounds import Rounds
 from ..errors import FastvolError
 
@@ -37,7 +36,8 @@ Results = tuple[Float, npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray
 _REFILL_SHARE = 1 / 16
 _MAX_EVALUATIONS = 200
 
-_loops: weakref.WeakKeyDictionary[Any, _DeviceLoop] = weakref.WeakKeyDictionary()
+# None: the engine's losses do not stay on its device.
+_loops: weakref.WeakKeyDictionary[Any, _DeviceLoop | None] = weakref.WeakKeyDictionary()
 
 
 def search(
@@ -54,46 +54,53 @@ def search(
     Raises:
         FastvolError: the device has not the memory for a single ray.
     """
-    engine = loss.engine
-    while True:
-        try:
-            return _search(problem, loss, start, mode, options)
-        except torch.OutOfMemoryError as error:
-            # The message, not the frames that hold on to tensors.
-            reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        _loops.pop(engine, None)
-        if engine.lanes == 1:
-            raise FastvolError(
-                f"{engine.device} has not the memory for one ray in flight ({reason}); pass data "
-                "in smaller batches, or a smaller model"
-            )
-        lanes = engine.lanes // 2
-        engine.resize(lanes)
-        _tell(problem, f"{engine.device} was out of memory: {lanes} lanes")
-
-
-def _search(
-    problem: Problem, loss: RayLoss, start: Float, mode: str, options: Mapping[str, Any]
-) -> Results:
     engine, backend = loss.engine, problem.backend
-    if engine.device.type == "cuda" or backend.name == "triton":
-        loop = _loops.get(engine)
-        if loop is None:
-            loop = _loops[engine] = _DeviceLoop(engine, backend.threshold_step)
-        if loop.trouble is None:
-            try:
-                found = loop.run(loss, start, mode, options)
-                problem.provenance["loop"] = loop.described
-                for trouble in loop.troubles():
-                    _tell(problem, trouble)
-            except OffDeviceError as error:
-                loop.trouble = str(error)
+    if isinstance(engine, DeviceEngine) and (
+        engine.device.type == "cuda" or backend.name == "triton"
+    ):
+        try:
+            return _on_device(problem, loss, engine, start, mode, options)
+        except OffDeviceError as error:
+            if _loops.get(engine) is not None:
                 _tell(problem, f"loop on the device: {error}")
-            else:
-                return found
+            _loops[engine] = None
     problem.provenance.setdefault("loop", f"host, {backend.name}")
     results: Results = backend.search(loss, start, mode=mode, lanes=engine.lanes, **options)
     return results
+
+
+def _on_device(
+    problem: Problem,
+    loss: RayLoss,
+    engine: DeviceEngine,
+    start: Float,
+    mode: str,
+    options: Mapping[str, Any],
+) -> Results:
+    while True:
+        try:
+            if engine not in _loops:
+                _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step)
+            loop = _loops[engine]
+            if loop is None:
+                raise OffDeviceError("it has been tried")
+            found = loop.run(loss, start, mode == "scan", options)
+        except torch.OutOfMemoryError as error:
+            if engine.lanes == 1:
+                raise FastvolError(
+                    f"{engine.device} has not the memory for one ray in flight; pass data in "
+                    f"smaller batches, or take a smaller model. It was: {error}"
+                ) from error
+        else:
+            problem.provenance["loop"] = loop.described
+            for trouble in loop.troubles():
+                _tell(problem, trouble)
+            return found
+        # Beyond the handler, which keeps the frames of the failure and their tensors.
+        del _loops[engine]
+        lanes = engine.lanes // 2
+        engine.resize(lanes)
+        _tell(problem, f"{engine.device} was out of memory: {lanes} lanes")
 
 
 def _tell(problem: Problem, text: str) -> None:
@@ -122,11 +129,10 @@ class _DeviceLoop:
         threshold_step: the backend's.
     """
 
-    def __init__(self, engine: Engine, threshold_step: Any) -> None:
+    def __init__(self, engine: DeviceEngine, threshold_step: Any) -> None:
         # The engine is the key under which this is kept.
         self._engine = weakref.proxy(engine)
         self.device = engine.device
-        self.trouble: str | None = None
         gpu = self.device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if gpu else None
         middle = (engine.lanes + 1) // 2
@@ -147,12 +153,12 @@ class _DeviceLoop:
         found = {group.rounds.trouble for group in self._groups}
         return {f"CUDA graph: {trouble}" for trouble in found if trouble is not None}
 
-    def run(self, loss: RayLoss, start: Float, mode: str, options: Mapping[str, Any]) -> Results:
+    def run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
         """See :func:`search`."""
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                return self._run(loss, start, mode == "scan", options)
-        return self._run(loss, start, mode == "scan", options)
+                return self._run(loss, start, scan, options)
+        return self._run(loss, start, scan, options)
 
     def _run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
         began = time.perf_counter()

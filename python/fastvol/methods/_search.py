@@ -15,6 +15,7 @@ from .._problem import Problem
 from .._proposal import Proposal
 from .._reference.search import Status
 from ..engines import Dense, Engine, Indexed
+from ..engines.protocol import DeviceEngine
 from ..measures import Lebesgue
 from ..result import Rays, ray_offsets, sensitivity
 from ._device_loop import search
@@ -94,7 +95,7 @@ class RayLoss:
         """As :meth:`load`, without waiting for a device; :meth:`finish_loading` ends it."""
         began = time.perf_counter()
         told = None
-        if self.proposal is None:
+        if self.proposal is None and isinstance(self._engine, DeviceEngine):
             problem, ids = self._problem, self.ids[items]
             rays = Indexed(problem.seed, ids, stream=self._stream, antithetic=problem.antithetic)
             told = self._engine.load_async(lanes, rays)

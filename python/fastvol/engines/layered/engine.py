@@ -135,7 +135,7 @@ class LayeredEngine(GeneralEngine):
         return info
 
     def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         if self._row_space is not None or (isinstance(rays, Indexed) and rays.antithetic):
             return None
         for lane in lanes.tolist():
@@ -156,7 +156,7 @@ class LayeredEngine(GeneralEngine):
         self._fresh[lanes] = True
 
     def resize(self, lanes: int) -> None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         self.__dict__.pop("_differentiable", None)
         if self._full is not None:
             self._full = self._full[:0].clone()
@@ -285,12 +285,12 @@ class LayeredEngine(GeneralEngine):
         return total, outside
 
     def prepare(self, lanes: Int) -> None:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         with torch.no_grad():
             self._show(lanes[self._fresh[lanes]])
 
     def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
-        """See :class:`fastvol.engines.protocol.Engine`."""
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         self._check_stays()
         for part, coefficient in self._chunks_here(radii, lanes):
             inside = np.arange(part.start, part.stop)
