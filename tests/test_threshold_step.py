@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -341,6 +345,61 @@ def test_the_kernel_refuses_what_it_cannot_read() -> None:
         kernels.threshold_step(begun(1), whole, None, kind="given")
     with pytest.raises(ValueError, match="outputs must hold 6 rays"):
         kernels.threshold_step(begun(1), torch.zeros(5, 2, device=DEVICE), None, kind="given")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_reference_reads_nothing_on_the_host(kind: str, scan: bool) -> None:
+    # Tensors without values: whatever asks for one fails.
+    state = SearchState.empty(5, "meta")
+    lanes = torch.empty(3, dtype=torch.int64, device="meta")
+    state.begin(lanes, torch.empty(3, dtype=torch.float64, device="meta"), scan=scan)
+    outputs, target = batch(kind, torch.float32, 5, 7, 3)
+    there = None if target is None else target.to("meta")
+    reference.threshold_step(state, outputs.to("meta"), there, kind=kind)
+    assert state.settled.is_meta
+
+
+_COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastvol.kernels.losses import combine_kernel, sum_kernel
+from fastvol.kernels.threshold_step import move_kernel
+
+pointers = {"target": "*i64", "phases": "*i32", "base_marks": "*i32", "stopped": "*i32",
+            "part_marks": "*i32", "marks": "*i32", "settled_count": "*i32"}
+doubles = ("base", "limits", "sums", "parts", "numbers", "rules")
+jobs = [
+    (sum_kernel, {"outputs": "*fp32"}, dict(KIND=1, FIRST=True, SEARCHING=True, LIMITS=0,
+     SPLIT=False, DOUBLE=False, BLOCK_N=128, BLOCK_C=16)),
+    (sum_kernel, {"outputs": "*bf16", "target": "*bf16"}, dict(KIND=3, FIRST=False, SEARCHING=False,
+     LIMITS=1, SPLIT=True, DOUBLE=False, BLOCK_N=256, BLOCK_C=1)),
+    (combine_kernel, {}, dict(FIRST=False, BOUNDED=True, LIMITS=1, BLOCK=128)),
+    (move_kernel, {}, dict(BLOCK=128)),
+]
+for kernel, own, constants in jobs:
+    signature = {}
+    for name in kernel.arg_names:
+        kind = "fp32" if name.startswith("scale") else "i32"
+        kind = "*fp64" if name in doubles else pointers.get(name, kind)
+        signature[name] = "constexpr" if name in constants else own.get(name, kind)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    print(len(made.asm["cubin"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_the_kernels_compile_for_a_card_that_is_not_there(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -233,8 +233,8 @@ def sum_kernel(
                     other=float("-inf"),
                 ).to(dtype)
                 higher = tl.maximum(most, tl.max(x, axis=1))
-                base = tl.where(higher == float("-inf"), 0.0, higher)
-                mass = mass * tl.exp(most - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+                level = tl.where(higher == float("-inf"), 0.0, higher)
+                mass = mass * tl.exp(most - level) + tl.sum(tl.exp(x - level[:, None]), axis=1)
                 most = higher
             wanted = tl.load(place + label, mask=valid, other=0.0).to(dtype)
             loss = (most - wanted) + tl.log(mass)
