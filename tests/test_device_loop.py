@@ -529,8 +529,52 @@ def trained(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return model.eval(), y
 
 
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and convolutions of a GPU in full float32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.gpu
 @gpu
+@pytest.mark.usefixtures("exact")
+def test_convolutions_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 1, 28, 28)
+    model, y = trained(
+        nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8).eval(),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(784, 10),
+        ).eval(),
+        x,
+    )
+    settings: dict[str, Any] = {
+        "n": 100,
+        "threshold": 0.1,
+        "method": "radial",
+        "rtol": 1e-3,
+        "engine": "layered",
+        "progress": False,
+    }
+    host = fastvol.estimate(model, F.cross_entropy, data=(x, y), **settings)
+    model.cuda()
+    device = fastvol.estimate(model, F.cross_entropy, data=(x.cuda(), y.cuda()), **settings)
+    agree(host, device, rtol=1e-3)
+    assert device.provenance["backend"] == "triton"
+    assert device.provenance["loop"] == "cuda, CUDA graph"
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("engine", ["general", "layered"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_gpu_finds_the_radii_of_the_cpu(engine: str, backend: str) -> None:

@@ -79,28 +79,39 @@ def _on_device(
 ) -> Results:
     while True:
         try:
-            if engine not in _loops:
-                _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step)
-            loop = _loops[engine]
-            if loop is None:
-                raise OffDeviceError("it has been tried")
-            found = loop.run(loss, start, mode == "scan", options)
+            return _attempt(problem, loss, engine, start, mode, options)
         except torch.OutOfMemoryError as error:
             if engine.lanes == 1:
                 raise FastvolError(
                     f"{engine.device} has not the memory for one ray in flight; pass data in "
                     f"smaller batches, or take a smaller model. It was: {error}"
                 ) from error
-        else:
-            problem.provenance["loop"] = loop.described
-            for trouble in loop.troubles():
-                _tell(problem, trouble)
-            return found
-        # Beyond the handler, which keeps the frames of the failure and their tensors.
-        del _loops[engine]
+        # Beyond the handler, which keeps the frames of the failure and their tensors; the graphs go
+        # with the loop.
+        _loops.pop(engine, None)
         lanes = engine.lanes // 2
         engine.resize(lanes)
         _tell(problem, f"{engine.device} was out of memory: {lanes} lanes")
+
+
+def _attempt(
+    problem: Problem,
+    loss: RayLoss,
+    engine: DeviceEngine,
+    start: Float,
+    mode: str,
+    options: Mapping[str, Any],
+) -> Results:
+    if engine not in _loops:
+        _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step)
+    loop = _loops[engine]
+    if loop is None:
+        raise OffDeviceError("it has been tried")
+    found = loop.run(loss, start, mode == "scan", options)
+    problem.provenance["loop"] = loop.described
+    for trouble in loop.troubles():
+        _tell(problem, trouble)
+    return found
 
 
 def _tell(problem: Problem, text: str) -> None:

@@ -215,12 +215,14 @@ class LayeredEngine(GeneralEngine):
 
     def _show(self, lanes: Int) -> None:
         """Lets the programs make what they keep of some directions."""
-        if len(lanes) and self.device.type == "cpu":
+        # One direction after the other stays in a CPU's caches; a GPU wants few large operations.
+        if self.device.type != "cpu" or self._backend.name == "triton":
+            self._show_together(lanes)
+            return
+        if len(lanes):
             for program in self._programs:
                 program.load(lanes, self._direction)
             self._fresh[lanes] = False
-        elif len(lanes):
-            self._show_together(lanes)
 
     def _show_together(self, lanes: Int) -> None:
         """As :meth:`_show`, many directions in one operation."""
