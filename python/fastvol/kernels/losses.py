@@ -163,7 +163,7 @@ def add_losses(
 
 
 @triton.jit
-def _log1p(e):
+def _log1p(e: tl.tensor) -> tl.tensor:
     # Kahan's: the rounding of 1 + e cancels.
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
@@ -171,20 +171,20 @@ def _log1p(e):
 
 @triton.jit
 def sum_kernel(
-    outputs,
-    target,
-    phases,
-    base,
-    base_marks,
-    limits,
-    sums,
-    stopped,
-    rows,
-    classes,
-    per_split,
-    ignore_index,
-    scale_coarse,
-    scale_fine,
+    outputs: tl.tensor,
+    target: tl.tensor,
+    phases: tl.tensor,
+    base: tl.tensor,
+    base_marks: tl.tensor,
+    limits: tl.tensor,
+    sums: tl.tensor,
+    stopped: tl.tensor,
+    rows: tl.tensor,
+    classes: tl.tensor,
+    per_split: tl.tensor,
+    ignore_index: tl.tensor,
+    scale_coarse: tl.tensor,
+    scale_fine: tl.tensor,
     KIND: tl.constexpr,
     FIRST: tl.constexpr,
     SEARCHING: tl.constexpr,
@@ -193,7 +193,7 @@ def sum_kernel(
     DOUBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     """One stretch of one ray's examples."""
     ray = tl.program_id(0)
     split = tl.program_id(1)
@@ -225,7 +225,9 @@ def sum_kernel(
             place = start + index.to(tl.int64) * classes
             most = tl.full((BLOCK_N,), float("-inf"), dtype)
             mass = tl.zeros((BLOCK_N,), dtype)
-            for column in range(0, classes, BLOCK_C):
+            # Not every version of the interpreter can count to a bound that is no plain number.
+            column = tl.full((), 0, tl.int32)
+            while column < classes:
                 columns = column + tl.arange(0, BLOCK_C)
                 x = tl.load(
                     place[:, None] + columns[None, :],
@@ -236,6 +238,7 @@ def sum_kernel(
                 level = tl.where(higher == float("-inf"), 0.0, higher)
                 mass = mass * tl.exp(most - level) + tl.sum(tl.exp(x - level[:, None]), axis=1)
                 most = higher
+                column += BLOCK_C
             wanted = tl.load(place + label, mask=valid, other=0.0).to(dtype)
             loss = (most - wanted) + tl.log(mass)
         else:
@@ -277,18 +280,18 @@ def sum_kernel(
 
 @triton.jit
 def combine_kernel(
-    base,
-    base_marks,
-    limits,
-    parts,
-    part_marks,
-    rays,
-    splits,
+    base: tl.tensor,
+    base_marks: tl.tensor,
+    limits: tl.tensor,
+    parts: tl.tensor,
+    part_marks: tl.tensor,
+    rays: tl.tensor,
+    splits: tl.tensor,
     FIRST: tl.constexpr,
     BOUNDED: tl.constexpr,
     LIMITS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """Adds the stretches of each ray in their order, up to its limit."""
     ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = ray < rays
@@ -298,7 +301,8 @@ def combine_kernel(
     if not FIRST:
         total += tl.load(base + ray, mask=valid, other=0.0)
         beyond += tl.load(base_marks + ray, mask=valid, other=0)
-    for split in range(splits):
+    split = tl.full((), 0, tl.int32)
+    while split < splits:
         part = tl.load(parts + split * rays + ray, mask=valid, other=0.0)
         over = tl.load(part_marks + split * rays + ray, mask=valid, other=0)
         after = total + part
@@ -307,5 +311,6 @@ def combine_kernel(
             # A NaN before hides what comes after it.
             stopped = ((over != 0) & (after == after)) | (after > limit)
             beyond = tl.where(beyond != 0, beyond, stopped.to(tl.int32))
+        split += 1
     tl.store(base + ray, total, mask=valid)
     tl.store(base_marks + ray, beyond, mask=valid)

@@ -103,26 +103,37 @@ def threshold_step(
 
 
 @triton.jit
-def _scaled(loss, on_log, loss0, threshold):
+def _scaled(
+    loss: tl.tensor, on_log: tl.tensor, loss0: tl.tensor, threshold: tl.tensor
+) -> tl.tensor:
     excess = tl.where(on_log, loss - loss0, 1.0)
     gap = tl.where(threshold > loss0, threshold - loss0, 1.0)
     return tl.where(on_log, tl.log(excess) - tl.log(gap), loss - threshold)
 
 
 @triton.jit
-def _log_excess(loss, usable, loss0, threshold):
+def _log_excess(
+    loss: tl.tensor, usable: tl.tensor, loss0: tl.tensor, threshold: tl.tensor
+) -> tl.tensor:
     excess = tl.where(usable, loss - loss0, 1.0)
     gap = tl.where(threshold > loss0, threshold - loss0, 1.0)
     return tl.log(excess) - tl.log(gap)
 
 
 @triton.jit
-def _is_finite(x):
+def _is_finite(x: tl.tensor) -> tl.tensor:
     return tl.abs(x) < float("inf")
 
 
 @triton.jit
-def move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexpr):
+def move_kernel(
+    numbers: tl.tensor,
+    marks: tl.tensor,
+    rules: tl.tensor,
+    settled_count: tl.tensor,
+    lanes: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """See :func:`fastvol._reference.search_step.search_step`, in the same order."""
     loss0 = tl.load(rules + _LOSS0)
     threshold = tl.load(rules + _THRESHOLD)
@@ -139,7 +150,9 @@ def move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexpr
     # A little too far is better than a little too near: it ends the bracketing.
     delta = tl.maximum(2.0 * xtol, tl.full((BLOCK,), 0.01, tl.float64))
     count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, lanes, BLOCK):
+    # Not every version of the interpreter can count to a bound that is no plain number.
+    start = tl.full((), 0, tl.int32)
+    while start < lanes:
         lane = start + tl.arange(0, BLOCK)
         valid = lane < lanes
         # Points of lanes that know none are NaN nowhere, and their marks say so.
@@ -293,4 +306,5 @@ def move_kernel(numbers, marks, rules, settled_count, lanes, BLOCK: tl.constexpr
         tl.store(marks + _THIRD_SMOOTH * lanes + lane, third_smooth.to(tl.int32), mask=active)
         tl.store(marks + _GUARD_STEPS * lanes + lane, guard_steps, mask=working)
         tl.store(marks + _SCAN_INDEX * lanes + lane, scan_index, mask=scanning)
+        start += BLOCK
     tl.store(settled_count, tl.sum(count, axis=0))
