@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; keeps nothing")
     parser.add_argument("--only", nargs="*", default=[], help="rows, by the functions' names")
-    parser.add_argument("--seconds", type=float, default=300.0, help="no row begins later")
+    parser.add_argument("--seconds", type=float, default=240.0, help="no row begins later")
     parser.add_argument("--tests", type=int, help="how pytest -m gpu ended, to be kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 if [ -n "${1:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps "$1"/*.whl || exit 1
 fi
-if ! "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps .; then
+if ! timeout 110 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps .; then
     echo "not installed; built in place instead"
     "$python" setup.py --quiet build_ext --inplace || echo "without the compiled extension"
     export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
@@ -20,10 +20,10 @@ fi
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD"
 
 if "$python" -c "import pytest, hypothesis" 2>/dev/null; then
-    timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+    timeout 120 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
     tests=$?
 else
     echo "the tests need pytest and hypothesis, which are not here"
     tests=-1
 fi
-timeout 360 "$python" -m benchmarks.gpu --seconds 300 --tests "$tests"
+timeout 290 "$python" -m benchmarks.gpu --seconds 240 --tests "$tests"
