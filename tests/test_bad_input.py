@@ -152,7 +152,6 @@ def test_unknown_strings(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("backend", "triton"),
         ("checkpoint", "run.ckpt"),
         ("checkpoint", Path("run.ckpt")),
         ("on_interrupt", "return"),

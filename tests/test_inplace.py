@@ -361,7 +361,7 @@ def test_a_constant_loss_is_not_written_for() -> None:
 
 
 def test_large_models_are_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "LARGE_BYTES", 300)
+    monkeypatch.setattr(planning, "large_bytes", lambda device: 300)
     large, small = nn.Linear(9, 9), nn.Linear(8, 8)
     data = torch.randn(5, 9), torch.arange(5)
     result = fastvol.estimate(large, F.cross_entropy, 4, data=data)

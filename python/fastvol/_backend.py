@@ -1,11 +1,12 @@
-"""The one place that chooses who computes: the C++ core or the PyTorch reference."""
+"""The one place that chooses who computes: Triton kernels, the C++ core, the PyTorch reference."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,33 +26,51 @@ BUILD_HINT = "build it with `pip install .` (or `python setup.py build_ext --inp
 
 @dataclass(frozen=True)
 class Backend:
-    """The functions of one backend; the signatures are those of ``fastvol._reference``."""
+    """The functions of one backend; the signatures are those of ``fastvol._reference``.
+
+    ``write_normals`` is ``normals`` without waiting: what it returns stays on the device.
+    ``fell_back`` says what the backend leaves to another one, and why.
+    """
 
     name: str
     normals: Callable[..., tuple[Float, Float]]
+    write_normals: Callable[..., tuple[Tensor, Tensor]]
     perturb: Callable[..., None]
     ray_losses: Callable[..., tuple[Float, Bool]]
+    threshold_step: Callable[..., None]
     search: Callable[..., Any]
     log_ball_volume: Callable[[int], float]
     log_radial_lebesgue: Callable[..., Float]
     log_radial_gaussian: Callable[..., Float]
     LogMeanExp: Callable[[], Any]
+    fell_back: tuple[str, ...] = ()
 
 
-def select(backend: str) -> Backend:
-    """The backend by name: ``"auto"``, ``"cpp"``, ``"torch"``.
+def select(backend: str, device: torch.device | None = None) -> Backend:
+    """The backend by name: ``"auto"``, ``"cpp"``, ``"torch"``, ``"triton"``.
+
+    Args:
+        backend: its name.
+        device: where the model stands: on a GPU ``"auto"`` is ``"triton"``, where that can be
+            imported, and else says why not. ``None`` is a CPU.
 
     Raises:
         ValueError: an unknown name, or ``"cpp"`` where the extension is not built.
-        NotAvailableError: ``"triton"``.
+        NotAvailableError: ``"triton"`` where it cannot run.
     """
-    if backend == "triton":
-        raise NotAvailableError(
-            "backend='triton' is not part of this version; use backend='auto', which runs on any "
-            "device that PyTorch knows"
-        )
-    if backend not in ("auto", "cpp", "torch"):
+    if backend not in ("auto", "cpp", "torch", "triton"):
         raise ValueError(f"backend must be 'auto', 'cpp', 'torch' or 'triton', got {backend!r}")
+    on_gpu = device is not None and device.type == "cuda"
+    if backend == "triton" or (backend == "auto" and on_gpu):
+        trouble = _triton_trouble(device)
+        if trouble is None:
+            return _triton_backend(_without_triton())
+        if backend == "auto":
+            return replace(_without_triton(), fell_back=(f"triton: {trouble}",))
+        raise NotAvailableError(
+            f"backend='triton' cannot run here: {trouble}; backend='auto' runs on any device that "
+            "PyTorch knows"
+        )
     if backend == "torch":
         return _torch_backend()
     core = _import_core()
@@ -63,10 +82,14 @@ def select(backend: str) -> Backend:
     return _torch_backend()
 
 
-def formulas() -> Backend:
-    """Whatever is there, for arithmetic on finished radii: the same numbers either way."""
+def _without_triton() -> Backend:
     core = _import_core()
     return _torch_backend() if core is None else _cpp_backend(core)
+
+
+def formulas() -> Backend:
+    """Whatever is there, for arithmetic on finished radii: the same numbers either way."""
+    return _without_triton()
 
 
 def _import_core() -> ModuleType | None:
@@ -89,13 +112,15 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import accumulate, losses, noise, radial, search
+    from ._reference import accumulate, losses, noise, radial, search, threshold_step
 
     return Backend(
         name="torch",
         normals=noise.normals,
+        write_normals=_written(noise.normals),
         perturb=noise.perturb,
         ray_losses=losses.ray_losses,
+        threshold_step=threshold_step.threshold_step,
         search=search.search,
         log_ball_volume=radial.log_ball_volume,
         log_radial_lebesgue=radial.log_radial_lebesgue,
@@ -214,11 +239,112 @@ def _cpp_backend(core: Any) -> Backend:
     return Backend(
         name="cpp",
         normals=normals,
+        write_normals=_written(normals),
         perturb=perturb,
         ray_losses=ray_losses,
+        threshold_step=reference.threshold_step,
         search=core.search,
         log_ball_volume=core.log_ball_volume,
         log_radial_lebesgue=core.log_radial_lebesgue,
         log_radial_gaussian=core.log_radial_gaussian,
         LogMeanExp=core.LogMeanExp,
     )
+
+
+def _triton_trouble(device: torch.device | None) -> str | None:
+    """Why the kernels cannot run on tensors of a device; ``None`` stands for any."""
+    try:
+        import triton
+
+        from . import kernels
+        from .kernels import losses
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    del kernels
+    if not isinstance(losses.sum_kernel, triton.JITFunction):
+        # Triton's interpreter, which runs on tensors of any device.
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    if device is not None and device.type != "cuda":
+        return f"the model stands on {device}, not on a GPU"
+    return None
+
+
+@functools.cache
+def _triton_backend(fallback: Backend) -> Backend:
+    from . import kernels
+    from .kernels import losses, threshold_step
+
+    interpreted = not hasattr(losses.sum_kernel, "warmup")
+    fell_back = []
+
+    def runs(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+        return (tensor.is_cuda or interpreted) and tensor.dtype in dtypes
+
+    def chosen(name: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., Any]:
+        """The kernel for tensors and options that it knows, else what there was before."""
+        before: Callable[..., Any] = getattr(fallback, name)
+        kernel = getattr(kernels, name, None)
+        if kernel is None:
+            fell_back.append(f"triton: there is no kernel for {name}")
+            return before
+        known = inspect.signature(kernel).parameters.keys()
+
+        def function(out: Tensor, *args: Any, threads: int = 1, **options: Any) -> Any:
+            if runs(out, dtypes) and options.keys() <= known:
+                return kernel(out, *args, **options)
+            return before(out, *args, threads=threads, **options)
+
+        return function
+
+    exact = (torch.float32, torch.float64)
+    write = chosen("write_normals", exact)
+
+    def write_normals(
+        out: Tensor, seed: int, stream: int, ids: Int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        there: Any = ids
+        if out.is_cuda:
+            # Without waiting for what the device has to do before.
+            there = torch.from_numpy(np.ascontiguousarray(ids)).to(out.device, non_blocking=True)
+        told: tuple[Tensor, Tensor] = write(out, seed, stream, there, **options)
+        return told
+
+    def normals(*args: Any, **options: Any) -> tuple[Float, Float]:
+        norm, dot = write_normals(*args, **options)
+        return norm.cpu().numpy(), dot.cpu().numpy()
+
+    def ray_losses(
+        outputs: Tensor, target: Tensor, *, threads: int = 1, **options: Any
+    ) -> tuple[Float, Bool]:
+        if runs(outputs, losses.DTYPES) and target.device == outputs.device:
+            return losses.ray_losses(outputs, target, **options)
+        return fallback.ray_losses(outputs, target, threads=threads, **options)
+
+    def step(state: Any, outputs: Tensor, target: Tensor | None, **options: Any) -> None:
+        if runs(outputs, losses.DTYPES):
+            threshold_step.threshold_step(state, outputs, target, **options)
+        else:
+            fallback.threshold_step(state, outputs, target, **options)
+
+    return replace(
+        fallback,
+        name="triton",
+        normals=normals,
+        write_normals=write_normals,
+        perturb=chosen("perturb", exact),
+        ray_losses=ray_losses,
+        threshold_step=step,
+        fell_back=tuple(fell_back),
+    )
+
+
+def _written(normals: Callable[..., tuple[Float, Float]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``write_normals`` of a backend that has to wait for the noise."""
+
+    def write_normals(out: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        norm, dot = normals(out, *args, **options)
+        return torch.from_numpy(norm).to(out.device), torch.from_numpy(dot).to(out.device)
+
+    return write_normals

@@ -30,6 +30,8 @@ from .metrics import Metric, metric_scale
 from .result import Rays, VolumeEstimate
 
 _BLOCK = 1024
+# On a GPU many lanes run dry at the end of a block.
+_DEVICE_BLOCK = 8192
 # Told from a caller's own 0.1 by identity, so that threshold= and increase= together are an error.
 _DEFAULT_INCREASE: float = 0.1
 _DEFAULT_MEASURE = Lebesgue()
@@ -159,14 +161,16 @@ def estimate(  # type: ignore[misc]
             large to batch, and sharded ones. ``"auto"`` measures the first two where the model can
             be traced, and takes the third where copies are too large, or cannot be had;
             ``provenance["engine_reason"]`` says why it chose.
-        backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
+        backend: who runs the loop and makes the noise: ``"cpp"``, ``"torch"``, or ``"triton"`` on a
+            GPU. ``"auto"`` takes the best that can be had; ``provenance["fell_back"]`` says what
+            could not.
         device: must be the model's own, if given.
         lanes: rays in flight; measured by default.
         plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
         checkpoint, on_interrupt: not part of this version beyond ``None`` and ``"raise"``.
         progress: show a progress bar on a terminal.
-        callbacks: each is called with a :class:`Progress` after every block of 1,024 directions of
-            independent rays.
+        callbacks: each is called with a :class:`Progress` after every block of directions of
+            independent rays: 1,024 of them, on a GPU 8,192.
 
     Returns:
         A :class:`VolumeEstimate` (from chains a :class:`PathEstimate`); a list of them for a
@@ -194,7 +198,7 @@ def estimate(  # type: ignore[misc]
     _check_preconditioner(preconditioner)
     _refuse_later(checkpoint, on_interrupt)
     engines.check_name(string(engine, "engine"))
-    chosen_backend = _backend.select(string(backend, "backend"))
+    _backend.select(string(backend, "backend"))
     count = whole(n, "n", least=1, below=2**63)
     try:
         Rays.empty(count)
@@ -222,6 +226,7 @@ def estimate(  # type: ignore[misc]
     if layout.size > 2**34:
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
     _check_device(device, layout.device)
+    chosen_backend = _backend.select(backend, layout.device)
     scale, metric_name = metric_scale(metric, layout, used=isinstance(measure, Lebesgue))
     ray_scale = Scale.given(layout, measure.std, "std") if isinstance(measure, Gaussian) else scale
     given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
@@ -258,7 +263,7 @@ def estimate(  # type: ignore[misc]
                 ray_scale,
                 chosen_backend,
                 lanes=lane_count,
-                block=_BLOCK,
+                block=_BLOCK if layout.device.type == "cpu" else _DEVICE_BLOCK,
                 radius=0.1 * start,
                 rays=count,
             )
@@ -298,7 +303,7 @@ def estimate(  # type: ignore[misc]
             plan=given_plan,
             backend=chosen_backend,
             config=config,
-            provenance=_provenance(given_plan, layout, trouble),
+            provenance=_provenance(given_plan, layout, chosen_backend, trouble),
             progress=progress,
             callbacks=calls,
             began=began,
@@ -307,7 +312,12 @@ def estimate(  # type: ignore[misc]
     return results[0] if single else results
 
 
-def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dict[str, Any]:
+def _provenance(
+    plan: Plan, layout: ParameterLayout, backend: _backend.Backend, trouble: str | None
+) -> dict[str, Any]:
+    fell_back = (
+        [*backend.fell_back] if trouble is None else [*backend.fell_back, f"vmap: {trouble}"]
+    )
     return {
         "fastvol": __version__,
         "torch": torch.__version__,
@@ -318,7 +328,7 @@ def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dic
         "engine": plan.engine,
         "engine_reason": plan.reason,
         "backend": plan.backend,
-        "fell_back": [] if trouble is None else [f"vmap: {trouble}"],
+        "fell_back": fell_back,
     }
 
 

@@ -10,8 +10,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,20 @@ from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import PREFIX, Batch, Objective, as_float
 from ..errors import FastvolError, FastvolWarning
-from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo, Rays
+from .memory import chunk_bytes, rows_bytes, to_device
+from .protocol import (
+    Capabilities,
+    Dense,
+    Float,
+    Indexed,
+    Int,
+    Losses,
+    LossPart,
+    OffDeviceError,
+    RayInfo,
+    Rays,
+)
 
-# Rows of noise are kept from one evaluation of a ray to the next up to this size; beyond it they
-# are made anew each time, in the same pass that perturbs the parameters.
-ROWS_BYTES = 512 << 20
-# Chunks stop growing where the perturbed parameters and the data of one chunk reach this size.
-_CHUNK_BYTES = 256 << 20
 SINGLE_LANES = 4
 PROBE_STREAM = 2
 SCREENINGS = ("unmeasured", "off", "subset", "bfloat16", "subset in bfloat16")
@@ -160,6 +167,7 @@ class GeneralEngine:
             gradients=True, dtypes=("float32", "float64"), devices=("cpu", "cuda")
         )
         device, dtype = layout.device, layout.dtype
+        self.device = device
         self._theta0 = layout.flatten()
         moving = scale > 0
         self._index = None if bool(moving.all()) else moving.nonzero().flatten().to(device)
@@ -168,16 +176,45 @@ class GeneralEngine:
         self._scale = None if bool((compact == 1).all()) else compact.to(device, dtype)
         self._project = None if project is None else project.to(device)
         self._keep_rows = plan.keep_rows or self._index is not None
-        shape = (plan.lanes, self.dim)
-        self._rows = torch.empty(shape, device=device, dtype=dtype) if self._keep_rows else None
-        # θ = θ* + (radius · factor) · row
-        self._factor = np.ones(plan.lanes)
-        self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
-        self._theta = torch.empty((plan.chunk, layout.size), device=device, dtype=dtype)
-        # With one dtype the named views follow the buffer, so they are made once.
-        self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
+        self._allocate()
         # vmap does not look inside a Batch: its tensors are shared by all rays.
         self._vmapped = torch.func.vmap(objective.call, in_dims=(0, None), randomness="error")
+
+    def _allocate(self) -> None:
+        """Room for the rays that the plan wants."""
+        plan, layout, like = self._plan, self._layout, self._theta0
+        self.lanes = plan.lanes
+        # Rows of noise are kept from one evaluation of a ray to the next while they are small; else
+        # they are made anew each time, in the same pass that perturbs the parameters.
+        self._rows = like.new_empty((plan.lanes, self.dim)) if self._keep_rows else None
+        # θ = θ* + (radius · factor) · row; on a GPU the second of these is the newer one.
+        self._factor = np.ones(plan.lanes)
+        self._factor_here = torch.from_numpy(self._factor).to(like.device)
+        self._factor_is_old = False
+        self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
+        self._theta = like.new_empty((plan.chunk, layout.size))
+        # With one dtype the named views follow the buffer, so they are made once.
+        self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
+
+    def resize(self, lanes: int) -> None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        self._plan = replace(self._plan, lanes=lanes, chunk=min(self._plan.chunk, lanes))
+        # The old room goes before the new one is asked for.
+        self._rows, self._theta, self._views = None, self._theta[:0].clone(), None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._allocate()
+
+    def _host_factor(self) -> Float:
+        if self._factor_is_old:
+            self._factor[:] = self._factor_here.cpu().numpy()
+            self._factor_is_old = False
+        return self._factor
+
+    def _keep_factor(self, lanes: Int, factor: Float | float) -> None:
+        self._host_factor()[lanes] = factor
+        if self.device.type != "cpu":
+            self._factor_here.copy_(torch.from_numpy(self._factor))
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
@@ -199,28 +236,43 @@ class GeneralEngine:
                     scratch, rays.seed, rays.stream, rays.ids[i : i + 1], **options
                 )
         else:
-            rows = self._rows_for_writing()
-            span = span_of(lanes)
-            target = (
-                torch.empty((count, self.dim), device=rows.device, dtype=rows.dtype)
-                if span is None
-                else rows[span]
-            )
-            plain = rays.preconditioner is None
-            norm, dot = self._backend.normals(
-                target,
-                rays.seed,
-                rays.stream,
-                rays.ids,
-                scale=self._scale if plain else None,
-                **options,
-            )
-            if rays.preconditioner is not None:
-                target.copy_(self._scaled(rays.preconditioner.matvec(target)))
-            if span is None:
-                rows[torch.from_numpy(lanes).to(rows.device)] = target
-        self._factor[lanes] = 1.0 / norm
+            norm, dot = self._fill_rows(lanes, rays, self._backend.normals)
+        self._keep_factor(lanes, 1.0 / norm)
         return RayInfo(norm, dot)
+
+    def _fill_rows(self, lanes: Int, rays: Indexed, normals: Callable[..., Any]) -> Any:
+        """Writes s⊙z, or s⊙Pz, of some lanes; returns what ``normals`` tells."""
+        rows = self._rows_for_writing()
+        span = span_of(lanes)
+        target = rows.new_empty((len(lanes), self.dim)) if span is None else rows[span]
+        plain = rays.preconditioner is None
+        told = normals(
+            target,
+            rays.seed,
+            rays.stream,
+            rays.ids,
+            antithetic=rays.antithetic,
+            scale=self._scale if plain else None,
+            project=self._project,
+            threads=self._plan.noise_threads,
+        )
+        if rays.preconditioner is not None:
+            target.copy_(self._scaled(rays.preconditioner.matvec(target)))
+        if span is None:
+            rows.index_copy_(0, to_device(lanes, rows.device), target)
+        return told
+
+    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        if self._rows is None or isinstance(rays, Dense) or rays.preconditioner is not None:
+            return None
+        for position, lane in enumerate(lanes.tolist()):
+            self._rays[lane] = (rays, position)
+        norm, dot = self._fill_rows(lanes, rays, self._backend.write_normals)
+        self._factor_here.index_copy_(0, to_device(lanes, self.device), 1.0 / norm)
+        # On a CPU both are one memory.
+        self._factor_is_old = self.device.type != "cpu"
+        return norm, dot
 
     def _load_dense(self, lanes: Int, rays: Dense) -> RayInfo:
         directions = rays.directions.to(self._theta0)
@@ -240,7 +292,7 @@ class GeneralEngine:
         )
         for lane in lanes:
             self._rays[lane] = None
-        self._factor[lanes] = 1.0
+        self._keep_factor(lanes, 1.0)
         return RayInfo(norm, dot)
 
     def _rows_for_writing(self) -> Tensor:
@@ -295,6 +347,62 @@ class GeneralEngine:
                         running.add(part, batch.weight, self._evaluate(batch, len(part)))
         return Losses(running.values, running.outside)
 
+    def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        self._check_stays()
+        batches = list(self._objective.batches())
+        weight = sum(batch.weight for batch in batches)
+        for part, coefficient in self._chunks_here(radii, lanes):
+            count = len(coefficient)
+            self._perturb_here(coefficient, part)
+            for i, batch in enumerate(batches):
+                if self._plan.chunk == 1:
+                    views = self._views or self._layout.unflatten(self._theta[0], PREFIX)
+                    values = self._objective.call(views, batch)
+                else:
+                    values = self._vmapped(
+                        self._layout.unflatten(self._theta[:count], PREFIX), batch
+                    )
+                if not isinstance(values, Tensor) or values.device != self.device:
+                    raise OffDeviceError("loss_fn does not return a tensor on the model's device")
+                if values.numel() != count:
+                    raise OffDeviceError("loss_fn does not return a scalar")
+                where = slice(part.start - lanes.start, part.stop - lanes.start)
+                outputs = values.detach().reshape(count)
+                last = part.stop == lanes.stop and i == len(batches) - 1
+                yield LossPart(outputs, None, "given", batch.weight / weight, where, i == 0, last)
+
+    def prepare(self, lanes: Int) -> None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+
+    def _check_stays(self) -> None:
+        """Whether evaluations need nothing from the host.
+
+        Raises:
+            OffDeviceError: what they need.
+        """
+        if not self._objective.in_memory:
+            raise OffDeviceError("the data are read anew for every evaluation")
+        if self._rows is None:
+            raise OffDeviceError("the directions are too large to be kept")
+
+    def _chunks_here(self, radii: Tensor, lanes: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Lanes that are evaluated together, and what their s⊙z is multiplied with ``[k]``."""
+        coefficient = (radii * self._factor_here[lanes]).to(self._theta0.dtype)
+        for start in range(lanes.start, lanes.stop, self._plan.chunk):
+            part = slice(start, min(start + self._plan.chunk, lanes.stop))
+            yield part, coefficient[part.start - lanes.start : part.stop - lanes.start]
+
+    def _perturb_here(self, coefficient: Tensor, part: slice) -> None:
+        """As :meth:`_perturb`, with everything on the device."""
+        assert self._rows is not None
+        theta, rows = self._theta[: len(coefficient)], self._rows[part]
+        if self._index is None:
+            torch.addcmul(self._theta0, rows, coefficient[:, None], out=theta)
+            return
+        theta.copy_(self._theta0.expand_as(theta))
+        theta[:, self._index] += coefficient[:, None] * rows
+
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """See :class:`fastvol.engines.protocol.Engine`."""
         lanes = np.arange(self.lanes) if lanes is None else lanes
@@ -324,7 +432,7 @@ class GeneralEngine:
 
     def _perturb(self, radii: Float, lanes: Int) -> None:
         """Writes θ for each lane into the first rows of the buffer."""
-        coefficient = radii * self._factor[lanes]
+        coefficient = radii * self._host_factor()[lanes]
         count = len(lanes)
         if self._rows is None:
             for slot, (lane, c) in enumerate(zip(lanes, coefficient, strict=True)):
@@ -430,6 +538,7 @@ def measure_plan(
     """
     most_threads = torch.get_num_threads()
     bytes_per_ray = layout.size * torch.finfo(layout.dtype).bits // 8
+    rows_room = rows_bytes(layout.device)
     coarsest = max(objective.epsilon, *(torch.finfo(s.dtype).eps for s in layout.segments))
     tolerance = 1e-9 if coarsest < 1e-12 else max(1e-3, 8 * coarsest)
 
@@ -438,7 +547,7 @@ def measure_plan(
             engine="general",
             chunk=chunk,
             lanes=lane_count,
-            keep_rows=lane_count * bytes_per_ray <= ROWS_BYTES,
+            keep_rows=lane_count * bytes_per_ray <= rows_room,
             dtype=str(layout.dtype).removeprefix("torch."),
             threads=threads,
             noise_threads=most_threads,
@@ -474,7 +583,7 @@ def measure_plan(
             )
         return best / chunk, best_threads, values
 
-    affordable = _CHUNK_BYTES // max(bytes_per_ray, objective.bytes_per_ray(), 1)
+    affordable = chunk_bytes(layout.device) // max(bytes_per_ray, objective.bytes_per_ray(), 1)
     most = max(1, min(block, rays, affordable))
     if lanes is not None:
         most = min(most, lanes)
@@ -485,6 +594,8 @@ def measure_plan(
     while chunk <= most and time.perf_counter() < deadline:
         try:
             seconds, threads_here, values = seconds_per_ray(chunk)
+        except torch.OutOfMemoryError:
+            break
         except (FastvolError, TypeError, ValueError, RuntimeError) as error:
             trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
             break
@@ -504,7 +615,9 @@ def measure_plan(
         reason = f"vmap: {trouble}"
     else:
         reason = f"{best_seconds * 1e3:.3g} ms a ray, one at a time {single * 1e3:.3g} ms"
-    lane_count = min(lanes or max(best_chunk, SINGLE_LANES), block)
+    # On a GPU one half of the lanes is evaluated while the host looks after the other.
+    groups = 1 if layout.device.type == "cpu" else 2
+    lane_count = min(lanes or max(groups * best_chunk, SINGLE_LANES), block)
     return plan_for(min(best_chunk, lane_count), lane_count, best_threads, reason), trouble
 
 

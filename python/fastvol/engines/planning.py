@@ -18,7 +18,6 @@ from .._scale import Scale
 from ..errors import FastvolError
 from .general import (
     PROBE_STREAM,
-    ROWS_BYTES,
     SINGLE_LANES,
     GeneralEngine,
     Plan,
@@ -28,12 +27,9 @@ from .general import (
 )
 from .inplace import InPlaceEngine
 from .layered import LayeredEngine, UntraceableError
+from .memory import Peak, rows_bytes
 from .protocol import Engine, Float, Indexed
 
-# Beyond this size, in the working dtype, the general engine cannot keep the noise of its rays and
-# makes it anew for each evaluation, as the in-place one does, which needs one copy of the
-# parameters where it needs two (measured: benchmarks/inplace_memory.py).
-LARGE_BYTES = ROWS_BYTES // SINGLE_LANES
 _LANES_OF_STREAMS = 32
 # Losses that a search spends on a direction, about.
 _LOSSES = 4
@@ -42,6 +38,7 @@ _SHORT_RUN = 1.0
 # Of the run's own time, what the choice may take; and at the least, seconds.
 _SHARE, _LEAST = 0.03, 0.5
 _CHUNKS = (2, 4, 8, 16, 32)
+_DEVICE_CHUNKS = (8, 32, 64, 128, 256, 512)
 _ROWS = (2048, 512, 128)
 # Another plan has to be faster by this much.
 _BETTER = 0.95
@@ -82,6 +79,16 @@ def open_engine(
         raise ValueError(f"plan: the layered engine cannot run this model: {error}") from error
 
 
+def large_bytes(device: torch.device) -> int:
+    """Parameters beyond this size, in the working dtype, are too many to batch.
+
+    The general engine cannot keep the noise of its rays then and makes it anew for each evaluation,
+    as the in-place one does, which needs one copy of the parameters where it needs two (measured:
+    benchmarks/inplace_memory.py).
+    """
+    return rows_bytes(device) // SINGLE_LANES
+
+
 def reason_to_write(engine: str, layout: ParameterLayout, model: nn.Module) -> str | None:
     """Why rays are to be written into the model's own parameters; ``None`` where others can do.
 
@@ -99,7 +106,7 @@ def reason_to_write(engine: str, layout: ParameterLayout, model: nn.Module) -> s
     if engine != "auto":
         return None
     size = layout.size * torch.finfo(layout.dtype).bits // 8
-    if size > LARGE_BYTES:
+    if size > large_bytes(layout.device):
         return f"{size / 2**20:.0f} MiB of {layout.dtype} parameters are too many to batch"
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return "torch.func.functional_call does not reach into modules of TorchScript"
@@ -220,27 +227,35 @@ def _layered_plan(
         UntraceableError: the model cannot be evaluated so, or not to the same losses.
     """
     deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
-    most_lanes = min(lanes or max(_CHUNKS), block)
+    device = trial.layout.device
+    # On a GPU one half of the lanes is evaluated while the host looks after the other.
+    groups, chunks = (1, _CHUNKS) if device.type == "cpu" else (2, _DEVICE_CHUNKS)
+    most_lanes = min(lanes or groups * max(chunks), block)
     few = min(most_lanes, 4)
     best = replace(
         general, engine="layered", chunk=1, lanes=few, keep_rows=True, rows=0, cached=True
     )
     engine = trial.open(best)
     kept, fastest = engine.bytes_kept, trial.seconds(engine)
+    if device.type != "cpu":
+        # Kernels have been compiled on the way, which says nothing of the run.
+        deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
     # Its memory, before the next one is opened.
     del engine
 
     def attempt(plan: Plan) -> float:
         """Seconds a direction; infinite where the plan will not do."""
         per_lane = trial.layout.size * trial.bytes_a_number + (kept if plan.cached else 0)
-        if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * ROWS_BYTES:
+        if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * rows_bytes(device):
             return float("inf")
+        peak = Peak(device)
         try:
-            return trial.seconds(trial.open(plan))
-        except UntraceableError:
+            found = trial.seconds(trial.open(plan))
+        except (UntraceableError, torch.OutOfMemoryError):
             return float("inf")
+        return float("inf") if peak.is_too_high else found
 
-    for variants in _variants(most_lanes, trial.examples):
+    for variants in _variants(most_lanes, trial.examples, groups, chunks):
         worse = 0
         for variant in variants:
             found = attempt(replace(best, **variant))
@@ -260,11 +275,16 @@ def _layered_plan(
     return best, fastest
 
 
-def _variants(most_lanes: int, examples: int) -> Iterator[list[dict[str, Any]]]:
+def _variants(
+    most_lanes: int, examples: int, groups: int, chunks: tuple[int, ...]
+) -> Iterator[list[dict[str, Any]]]:
     """Changes to try, one list after the other; of each the first that helps no more ends it."""
     yield [{"cached": False}]
-    chunks = [chunk for chunk in _CHUNKS if chunk <= most_lanes]
-    yield [{"chunk": chunk, "lanes": max(chunk, min(4, most_lanes))} for chunk in chunks]
+    yield [
+        {"chunk": chunk, "lanes": max(groups * chunk, min(4, most_lanes))}
+        for chunk in chunks
+        if groups * chunk <= most_lanes
+    ]
     yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
 
 

@@ -6,11 +6,13 @@ A ray is θ* + s ⊙ (t·v): v a direction in metric coordinates w, t ≥ 0 its 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Bool = npt.NDArray[np.bool_]
@@ -70,6 +72,28 @@ class Losses(NamedTuple):
     outside: Bool | None = None
 
 
+class LossPart(NamedTuple):
+    """One batch's share in the losses of some lanes, all on the engine's device.
+
+    A loss is the sum over the parts of scale times the sum over the examples, each as
+    :func:`fastvol._reference.threshold_step.threshold_step` has it; ``first`` begins a lane's sum,
+    and after ``last`` all lanes have theirs.
+    """
+
+    outputs: Tensor
+    target: Tensor | None
+    kind: str
+    scale: float
+    lanes: slice
+    first: bool
+    last: bool
+    ignore_index: int = -100
+
+
+class OffDeviceError(Exception):
+    """Why an engine's losses cannot stay on its device, in words."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What an engine can do."""
@@ -98,4 +122,38 @@ class Engine(Protocol):
 
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """Losses ``[k]`` and gradients ``[k, d]`` with respect to metric coordinates w."""
+        ...
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine whose losses need not leave its device."""
+
+    device: torch.device
+
+    def resize(self, lanes: int) -> None:
+        """Forgets all rays, and makes room for another number of them."""
+        ...
+
+    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`load`, without waiting: ‖z‖ and ⟨z, project⟩ stay on the device.
+
+        ``None`` where that cannot be, and nothing has been done.
+        """
+        ...
+
+    def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
+        """The losses at ``radii`` (float64 ``[k]`` on the device) of the ``k`` lanes ``lanes``.
+
+        Nothing is read by the host, so that it can be captured in a CUDA graph. The parts' lanes
+        count from the first of ``lanes``; each must be used before the next is asked for. Called
+        under ``no_grad``.
+
+        Raises:
+            OffDeviceError: the losses do not stay on the device.
+        """
+        ...
+
+    def prepare(self, lanes: Int) -> None:
+        """Makes what is kept of the directions on some lanes, before :meth:`loss_parts`."""
         ...

@@ -15,8 +15,10 @@ from .._problem import Problem
 from .._proposal import Proposal
 from .._reference.search import Status
 from ..engines import Dense, Engine, Indexed
+from ..engines.protocol import DeviceEngine
 from ..measures import Lebesgue
 from ..result import Rays, ray_offsets, sensitivity
+from ._device_loop import search
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -59,10 +61,18 @@ class RayLoss:
         self.limit = math.inf
         # Losses a direction, as the pilot found.
         self.price = math.nan
+        # Items, ‖z‖ and ⟨z, project⟩ that the device has not told yet.
+        self._untold: list[tuple[Int, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def engine(self) -> Engine:
+        """Where the rays are evaluated."""
+        return self._engine
 
     def assign(self, ids: Int) -> None:
         """Item j is direction ``ids[j]`` from now on."""
         self.ids = np.ascontiguousarray(ids, dtype=np.int64)
+        self._untold = []
         self.shift, self.log_norm, self.proposal_shift = np.zeros((3, len(ids)))
 
     def load(self, lanes: Int, items: Int) -> None:
@@ -80,6 +90,27 @@ class RayLoss:
             self.log_norm[items] = rows.log_norm
             self.proposal_shift[items] = rows.proposal_shift
         self.seconds += time.perf_counter() - began
+
+    def load_async(self, lanes: Int, items: Int) -> None:
+        """As :meth:`load`, without waiting for a device; :meth:`finish_loading` ends it."""
+        began = time.perf_counter()
+        told = None
+        if self.proposal is None and isinstance(self._engine, DeviceEngine):
+            problem, ids = self._problem, self.ids[items]
+            rays = Indexed(problem.seed, ids, stream=self.stream, antithetic=problem.antithetic)
+            told = self._engine.load_async(lanes, rays)
+        if told is None:
+            self.load(lanes, items)
+            return
+        self._untold.append((items, *told))
+        self.seconds += time.perf_counter() - began
+
+    def finish_loading(self) -> None:
+        """Reads what :meth:`load_async` left on the device."""
+        if self._untold:
+            items, norms, dots = zip(*self._untold, strict=True)
+            self.shift[np.concatenate(items)] = (torch.cat(dots) / torch.cat(norms)).cpu().numpy()
+            self._untold = []
 
     def normals(self, ids: Int) -> torch.Tensor:
         """The standard normal vectors of some directions, ``[k, d]`` in the working dtype."""
@@ -148,9 +179,8 @@ class Pilot:
 
 
 def search_options(problem: Problem, pilot: Pilot, threshold: float) -> dict[str, Any]:
-    """Keyword arguments of the lane loop."""
+    """Keyword arguments of the lane loop, but for the lanes."""
     return {
-        "lanes": problem.plan.lanes,
         "loss0": min(problem.loss0, threshold),
         "threshold": threshold,
         "xtol": pilot.rtol,
@@ -181,8 +211,8 @@ def settle(
     loss.limit = problem.loss0 + _FAR * max(threshold - problem.loss0, 0.0)
     if start is None:
         start = np.full(len(ids), pilot.start_log_radius)
-    log_rho, status = problem.backend.search(
-        loss, start, mode="search", **search_options(problem, pilot, threshold)
+    log_rho, status = search(
+        problem, loss, start, mode="search", options=search_options(problem, pilot, threshold)
     )[:2]
     if loss.proposal is None:
         return log_rho, status
@@ -358,8 +388,8 @@ def scan(
         norms = -rays.log_offset[ids] / problem.dim
         if loss.proposal.offset is not None:
             norms = loss.proposal.directions(loss.normals(ids)).log_norm
-    log_rho, status, _, reentrant = problem.backend.search(
-        loss, known - norms, mode="scan", **search_options(problem, pilot, threshold)
+    log_rho, status, _, reentrant = search(
+        problem, loss, known - norms, mode="scan", options=search_options(problem, pilot, threshold)
     )
     found: npt.NDArray[np.bool_] = reentrant.astype(np.bool_)
     rays.log_radii[ids[found]] = (log_rho + norms)[found]

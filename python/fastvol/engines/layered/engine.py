@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,13 +15,14 @@ from ..._backend import Backend
 from ..._layout import ParameterLayout
 from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
-from ..protocol import Bool, Dense, Float, Indexed, Int, Losses, RayInfo, Rays
+from ..memory import kept_bytes, to_device
+from ..protocol import Bool, Dense, Float, Indexed, Int, Losses, LossPart, RayInfo, Rays
 from .program import Program
 from .rowspace import RowSpace, row_space
 from .tracing import Traced, UntraceableError, signature, trace
 
-# What is kept of the directions on all lanes for all radii, at the most.
-_KEPT_BYTES = 1 << 30
+# Directions on a GPU that are brought through the linear layers at once.
+_SHOWN_AT_ONCE = 32
 
 
 class LayeredEngine(GeneralEngine):
@@ -57,6 +59,7 @@ class LayeredEngine(GeneralEngine):
             self._full = torch.zeros((plan.lanes, layout.size)).to(self._theta0)
         self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
         self._traced = _traced_parts(objective, layout, plan.rows)
+        self._kept_room = kept_bytes(self.device)
         self._programs = [self._compiled(*part) for part in self._traced]
         self._pairs = _Pairs()
         # Lanes whose direction the programs have not seen.
@@ -128,14 +131,46 @@ class LayeredEngine(GeneralEngine):
         if self._row_space is not None:
             return self._load_reduced(self._row_space, lanes, rays)
         info = super().load(lanes, rays)
+        self._spread(lanes)
+        return info
+
+    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        if self._row_space is not None or (isinstance(rays, Indexed) and rays.antithetic):
+            return None
+        for lane in lanes.tolist():
+            self._pairs.forget(lane)
+        told = super().load_async(lanes, rays)
+        if told is not None:
+            self._spread(lanes)
+        return told
+
+    def _spread(self, lanes: Int) -> None:
+        """Puts new directions where the coordinates lie that do not move."""
         if self._full is not None:
             assert self._rows is not None
-            index = torch.from_numpy(lanes).to(self._full.device)
-            full = torch.zeros((len(lanes), self._layout.size)).to(self._full)
+            index = to_device(lanes, self._full.device)
+            full = self._full.new_zeros((len(lanes), self._layout.size))
             full[:, self._index] = self._rows[index]
-            self._full[index] = full
+            self._full.index_copy_(0, index, full)
         self._fresh[lanes] = True
-        return info
+
+    def resize(self, lanes: int) -> None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        self.__dict__.pop("_differentiable", None)
+        if self._full is not None:
+            self._full = self._full[:0].clone()
+        for program in self._programs:
+            program.resize(0)
+        super().resize(lanes)
+        if self._full is not None:
+            self._full = self._full.new_zeros((lanes, self._layout.size))
+        if self._row_space is not None:
+            self._rows = self._theta0.new_empty((lanes, self._row_space.size))
+        for program in self._programs:
+            program.resize(lanes)
+        self._fresh = np.zeros(lanes, dtype=np.bool_)
+        self._pairs = _Pairs()
 
     def _load_reduced(self, space: RowSpace, lanes: Int, rays: Rays) -> RayInfo:
         if isinstance(rays, Dense) or rays.preconditioner is not None:
@@ -157,7 +192,7 @@ class LayeredEngine(GeneralEngine):
         square = space.hidden_square(np.where(turned, -hidden, hidden))
         norm = np.sqrt(norm**2 - hidden**2 + square)
         self._rows[torch.from_numpy(lanes).to(rows.device)] = rows
-        self._factor[lanes] = 1.0 / norm
+        self._keep_factor(lanes, 1.0 / norm)
         self._fresh[lanes] = True
         return RayInfo(norm, dot)
 
@@ -167,7 +202,7 @@ class LayeredEngine(GeneralEngine):
         for rows in (self._rows, self._full):
             if rows is not None:
                 torch.neg(rows[partner], out=rows[lane])
-        self._factor[lane] = self._factor[partner]
+        self._keep_factor(np.array([lane]), self._host_factor()[partner])
         self._fresh[lane] = self._fresh[partner]
         if not self._fresh[partner]:
             for program in self._programs:
@@ -180,10 +215,27 @@ class LayeredEngine(GeneralEngine):
 
     def _show(self, lanes: Int) -> None:
         """Lets the programs make what they keep of some directions."""
+        # One direction after the other stays in a CPU's caches; a GPU wants few large operations.
+        if self.device.type != "cpu" or self._backend.name == "triton":
+            self._show_together(lanes)
+            return
         if len(lanes):
             for program in self._programs:
                 program.load(lanes, self._direction)
             self._fresh[lanes] = False
+
+    def _show_together(self, lanes: Int) -> None:
+        """As :meth:`_show`, many directions in one operation."""
+        for first in range(0, len(lanes), _SHOWN_AT_ONCE):
+            some = to_device(lanes[first : first + _SHOWN_AT_ONCE], self.device)
+            for program in self._programs:
+                program.load_together(some, self._parameter_rows)
+        self._fresh[lanes] = False
+
+    def _parameter_rows(self, lanes: Tensor, position: int) -> Tensor:
+        """s⊙z of one parameter on some lanes ``[k, *shape]``."""
+        start, stop, shape = self._places[position]
+        return self._directions[:, start:stop].index_select(0, lanes).view(len(lanes), *shape)
 
     def _direction(self, lane: int, position: int) -> Tensor:
         """s⊙z of one parameter ``[1, *shape]``."""
@@ -234,9 +286,33 @@ class LayeredEngine(GeneralEngine):
             moved = {i: value[index] for i, value in moved.items()}
         return total, outside
 
+    def prepare(self, lanes: Int) -> None:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        with torch.no_grad():
+            self._show(lanes[self._fresh[lanes]])
+
+    def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        self._check_stays()
+        for part, coefficient in self._chunks_here(radii, lanes):
+            inside = np.arange(part.start, part.stop)
+            moved = self._parameters(coefficient, inside, part)
+            where = slice(part.start - lanes.start, part.stop - lanes.start)
+            for i, program in enumerate(self._programs):
+                yield program.part(
+                    inside,
+                    coefficient,
+                    moved,
+                    part,
+                    total=self._weight,
+                    where=where,
+                    first=i == 0,
+                    last=part.stop == lanes.stop and i == len(self._programs) - 1,
+                )
+
     def _coefficient(self, radii: Float, lanes: Int) -> Tensor:
         """What s⊙z is multiplied with ``[k]``."""
-        c = radii * self._factor[lanes]
+        c = radii * self._host_factor()[lanes]
         return torch.as_tensor(c, device=self._theta0.device, dtype=self._theta0.dtype)
 
     def _parameters(self, coefficient: Tensor, lanes: Int, span: slice | None) -> dict[int, Tensor]:
@@ -307,7 +383,7 @@ class LayeredEngine(GeneralEngine):
             self._start,
             lanes=self.lanes,
             cached=self._plan.cached,
-            room=_KEPT_BYTES / len(self._traced),
+            room=self._kept_room / len(self._traced),
             gradients_of=gradients_of,
         )
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from ..._objective import Batch
+from ..._reference.threshold_step import check_target
+from ..protocol import LossPart
 from .operations import Step, Values, evaluate, operation_name, shape_of, step_for, summed_loss
 from .tracing import Traced, UntraceableError, arguments, is_view, leaves
 
@@ -74,6 +76,7 @@ class Program:
     ) -> None:
         self._lanes = lanes
         self._gradients_of = gradients_of
+        self._target_is_checked = False
         self._ray_losses = ray_losses
         self.weight = batch.weight
         nodes = list(traced.graph.nodes)
@@ -225,6 +228,30 @@ class Program:
             for node in self._kept:
                 self._change[node][lane].copy_(values[node][0])
 
+    def load_together(self, lanes: Tensor, parameter: Callable[[Tensor, int], Tensor]) -> None:
+        """As :meth:`load`, all lanes in one operation each.
+
+        Args:
+            lanes: int64 ``[k]`` on the device.
+            parameter: (lanes, position) to s⊙z of one parameter, ``[k, *shape]``.
+        """
+        if not self._kept:
+            return
+        values = {**self._shared, **self._reduced}
+        for i in self._used:
+            values[self._parameters[i]] = parameter(lanes, i)
+        self._changes.run(values)
+        for node in self._kept:
+            self._change[node].index_copy_(0, lanes, values[node])
+
+    def resize(self, lanes: int) -> None:
+        """Forgets all directions, and makes room for another number of them."""
+        self._lanes = lanes
+        for node, value in self._base.items():
+            # One after the other, so that both sizes of all of them are never there at once.
+            del self._change[node]
+            self._change[node] = _rows_like(value, lanes)
+
     def mirror(self, lane: int, partner: int) -> None:
         """What :meth:`load` would make of the opposite of another lane's direction."""
         for change in self._change.values():
@@ -259,6 +286,38 @@ class Program:
             threads=torch.get_num_threads(),
         )
         return sums / self._count, outside
+
+    def part(
+        self,
+        lanes: Int,
+        coefficient: Tensor,
+        moved: Mapping[int, Tensor],
+        span: slice,
+        *,
+        total: float,
+        where: slice,
+        first: bool,
+        last: bool,
+    ) -> LossPart:
+        """What the loss of this batch on some rays is made of, left on the device.
+
+        Args:
+            lanes, coefficient, moved, span: as for :meth:`loss`.
+            total: weight of all batches.
+            where, first, last: of the part.
+        """
+        scale = self.weight / total
+        if self._summed is None:
+            result = self.loss(lanes, coefficient, moved, span)
+            return LossPart(result, None, "given", scale, where, first, last)
+        outputs = self._values(lanes, coefficient, moved, span)[self._summed.outputs]
+        target, ignored = self._shared[self._summed.target], self._summed.ignore_index
+        if not self._target_is_checked:
+            check_target(outputs, target, kind=self._summed.kind, ignore_index=ignored)
+            self._target_is_checked = True
+        return LossPart(
+            outputs, target, self._summed.kind, scale / self._count, where, first, last, ignored
+        )
 
     def loss(
         self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
@@ -365,7 +424,11 @@ class Program:
         totals: Values = {}
         for node in self._kept:
             base, change = self._base[node], self._change[node]
-            if span is None:
+            if span is None and base.device.type != "cpu":
+                index = torch.from_numpy(lanes).to(base.device)
+                c = coefficient.view(-1, *(1,) * base.dim())
+                total = torch.addcmul(base, change.index_select(0, index), c)
+            elif span is None:
                 total = _rows_like(base, len(lanes))
                 for k, (lane, c) in enumerate(
                     zip(lanes.tolist(), coefficient.tolist(), strict=True)

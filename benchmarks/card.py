@@ -1,0 +1,86 @@
+"""What a card can do at the most, measured: copying, products of matrices, integers."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Integer operations of a normal number, of four of which ten rounds of Philox make the words.
+_OPERATIONS = 20
+# 32-bit integer operations of a multiprocessor in a cycle, from Ampere on.
+_INTEGERS = 64
+
+
+def seconds(function: Callable[[], Any], device: torch.device, *, repeats: int = 10) -> float:
+    """The least time of a call, after two that do not count."""
+    for _ in range(2):
+        function()
+    best = math.inf
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = _event(), _event()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            function()
+            best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes a second, read and written, of copying float32 ``[size]``."""
+    source = torch.zeros(size, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, precision: str, size: int) -> float:
+    """Operations a second of a square product: ``"bf16"``, ``"tf32"`` or ``"fp32"``."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    with tf32(precision == "tf32"):
+        return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions may round their operands to 10 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def normals_bound(device: torch.device) -> float:
+    """Normals a second that the card's integer units allow; NaN where its clock is not told."""
+    if device.type != "cuda":
+        return math.nan
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        clock = 1e6 * float(told.splitlines()[device.index or 0])
+    except (OSError, ValueError, IndexError, subprocess.CalledProcessError):
+        return math.nan
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return units * _INTEGERS * clock / _OPERATIONS

@@ -1,0 +1,156 @@
+"""Rows of the GPU table: the card, and each kernel alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvol._backend import select
+from fastvol._reference.search_step import Rule, SearchState
+
+from . import card
+from .gpu_bench import Bench, Row, kernels_of, row
+
+
+def limits(bench: Bench) -> Iterator[Row]:
+    """The card itself."""
+    device = bench.device
+    bench.limits["copy"] = rate = card.copy_rate(device, bench.size(1 << 28, 1 << 10))
+    yield row("copy", f"{rate / 1e12:.3g} TB/s", bytes_per_second=rate)
+    for precision in ("bf16", "tf32", "fp32"):
+        rate = card.matrix_rate(device, precision, bench.size(8192, 16))
+        bench.limits[precision] = rate
+        yield row(f"dense {precision}", f"{rate / 1e12:.3g} TFLOP/s", flops_per_second=rate)
+    bench.limits["normals"] = bound = card.normals_bound(device)
+    yield row("normals, by integer units", f"{bound / 1e9:.3g} G/s", normals_per_second=bound)
+
+
+def perturb(bench: Bench) -> Iterator[Row]:
+    """θ₀ + c·s⊙z in one pass."""
+    kernels = kernels_of()
+    shapes = [(1, bench.size(100_000_000, 300)), (bench.size(64, 2), bench.size(235_146, 61))]
+    for lanes, d in shapes:
+        theta, scale = torch.randn(2, d, device=bench.device)
+        out = torch.empty(lanes, d, device=bench.device)
+        ids, c = np.arange(lanes), np.ones(lanes)
+        for name, s in (("", None), (", scaled", scale)):
+            pass_ = partial(kernels.perturb, out, theta, c, 1, 0, ids, scale=s)
+            spent = card.seconds(pass_, bench.device)
+            moved = 4 * d * (lanes + 1 + (s is not None))
+            by_bytes = moved / bench.limits["copy"]
+            by_integers = lanes * d / bench.limits["normals"]
+            least = by_bytes if math.isnan(by_integers) else max(by_bytes, by_integers)
+            share = least / spent
+            yield row(
+                f"perturb {lanes} × {d}{name}",
+                f"{spent * 1e6:.4g} µs, {share:.0%} of the bound",
+                "≥ 80 %",
+                share >= 0.8,
+                seconds=spent,
+                share=share,
+                by_bytes=by_bytes,
+                by_integers=by_integers,
+            )
+
+
+def noise(bench: Bench) -> Iterator[Row]:
+    """Normals that never leave the registers."""
+    kernels = kernels_of()
+    d, ids = bench.size(235_146, 70), np.arange(bench.size(4096, 2))
+    spent = card.seconds(
+        lambda: kernels.direction_reductions(d, 1, 0, ids, device=bench.device), bench.device
+    )
+    rate = d * len(ids) / spent
+    yield row(
+        "noise in registers",
+        f"{rate / 1e9:.4g} G normals/s",
+        "≥ 400",
+        rate >= 4e11,
+        normals_per_second=rate,
+    )
+
+
+def linear(bench: Bench) -> Iterator[Row]:
+    """A perturbed layer, its noise made in the tile, against materialised weights."""
+    kernels = kernels_of()
+    lanes, device = bench.size(64, 2), bench.device
+    shapes = [(784, 256), (256, 128), (1024, 1024)] if not bench.smoke else [(20, 17)]
+    for width_in, width_out in shapes:
+        for rows in (60, 600, 6000) if not bench.smoke else (5,):
+            x = torch.randn(rows, width_in, device=device)
+            weight = torch.randn(width_out, width_in, device=device)
+            bias = torch.randn(width_out, device=device)
+            c = torch.full((lanes,), 0.1, dtype=torch.float64, device=device)
+            ids = torch.arange(lanes, device=device)
+            z = torch.empty(lanes, width_out, width_in, device=device)
+            moved = torch.empty_like(z)
+            for precision in ("bf16", "tf32"):
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+                few = x.to(dtype)
+                many, added = few.expand(lanes, -1, -1), bias.to(dtype)
+
+                ours = partial(
+                    kernels.perturbed_linear,
+                    few,
+                    weight,
+                    bias,
+                    c,
+                    1,
+                    0,
+                    ids,
+                    activation="relu",
+                    precision=precision,
+                )
+                theirs = partial(_materialised, many, weight, added, z, moved)
+                with card.tf32(precision == "tf32"):
+                    spent, other = (card.seconds(f, device, repeats=5) for f in (ours, theirs))
+                rate = 2 * lanes * rows * width_in * width_out / spent
+                share = rate / bench.limits[precision]
+                yield row(
+                    f"perturbed_linear {lanes} × {rows} × {width_in} → {width_out}, {precision}",
+                    f"{spent * 1e6:.4g} µs, {share:.0%} of dense, {other / spent:.2f} × baddbmm",
+                    "≥ 50 % (600 rows on), > 1 ×",
+                    (share >= 0.5 or rows < 600) and other > spent,
+                    seconds=spent,
+                    share=share,
+                    ratio=other / spent,
+                )
+
+
+def _materialised(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, moved: Tensor) -> Tensor:
+    """The layer as one would write it, by PyTorch's own normals."""
+    z.normal_()
+    torch.add(weight, z, alpha=0.1, out=moved)
+    return torch.baddbmm(bias, x, moved.to(x.dtype).mT).relu_()
+
+
+def step(bench: Bench) -> Iterator[Row]:
+    """One step of the searches from the logits of 600 images."""
+    backends = {name: select(name) for name in ("triton", "torch")}
+    lanes, rows = bench.size(512, 3), bench.size(600, 9)
+    outputs = torch.randn(lanes, rows, 10, device=bench.device)
+    target = torch.zeros(rows, dtype=torch.int64, device=bench.device)
+    spent = {}
+    for name, backend in backends.items():
+        state = SearchState.empty(lanes, bench.device)
+        # All lie outside, and go on inward.
+        rules = {Rule.LOSS0: 0.0, Rule.THRESHOLD: 0.1, Rule.MAX_EVALUATIONS: 1e9, Rule.LIMIT: 1e9}
+        state.keep_rules({**dict.fromkeys(Rule, 1.0), **rules})
+        where = torch.arange(lanes, device=bench.device)
+        start = torch.zeros(lanes, dtype=torch.float64, device=bench.device)
+        state.begin(where, start, scan=False)
+        move = partial(
+            backend.threshold_step, state, outputs, target, kind="cross_entropy", scale=1 / rows
+        )
+        spent[name] = card.seconds(move, bench.device, repeats=bench.size(20, 1))
+    yield row(
+        f"threshold_step {lanes} × {rows} × 10",
+        f"{spent['triton'] * 1e6:.4g} µs, operation by operation {spent['torch'] * 1e6:.4g}",
+        seconds=spent["triton"],
+        seconds_of_torch=spent["torch"],
+    )

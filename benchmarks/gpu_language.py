@@ -1,0 +1,81 @@
+"""Rows of the GPU table: a language model that is too large to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastvol
+
+from . import card
+from .gpu_bench import Bench, Row, SkippedError, kernels_of, row
+
+
+def language(bench: Bench) -> Iterator[Row]:
+    """A GPT-2 that is too large to batch."""
+    try:
+        fastvol.engines.check_name("inplace")
+    except fastvol.FastvolError as error:
+        raise SkippedError("this version has no engine for it") from error
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise SkippedError("needs transformers") from error
+    kernels, device = kernels_of(), bench.device
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 20, "n_positions": 8}
+    torch.manual_seed(0)
+    config: Any = GPT2Config
+    model: Any = GPT2LMHeadModel(config(**(small if bench.smoke else {})))
+    model.to(device).eval()
+    batch, length = bench.size(64, 2), bench.size(256, 8)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+
+    def loss(m: Any) -> Tensor:
+        total = torch.zeros((), device=device)
+        for part in torch.split(tokens, 8):
+            logits = m(part).logits[:, :-1]
+            total = total + F.cross_entropy(
+                logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+            )
+        return total / (batch * (length - 1))
+
+    with torch.no_grad():
+        forward = card.seconds(partial(loss, model), device, repeats=3)
+    d = sum(p.numel() for p in model.parameters())
+    theta = torch.randn(d, device=device)
+    out = torch.empty(1, d, device=device)
+    one = (np.ones(1), 1, 0, np.zeros(1, dtype=np.int64))
+    moving = card.seconds(partial(kernels.perturb, out, theta, *one), device, repeats=5)
+    del theta, out
+    held = 4 * d
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        with torch.no_grad():
+            loss(model)
+        activations = torch.cuda.max_memory_allocated(device) - held
+        torch.cuda.reset_peak_memory_stats(device)
+    result = fastvol.estimate(
+        model, loss, n=bench.size(8, 2), engine="inplace", method="radial", progress=False
+    )
+    numbers = {"seconds_forward": forward, "seconds_perturb": moving, "parameters": d}
+    told = f"perturbation {moving / forward:.2%} of the forward pass ({forward * 1e3:.4g} ms)"
+    met = moving < 0.05 * forward
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        allowed = 2 * held + activations
+        met = met and peak <= allowed
+        told += f", {peak / 1e9:.3g} GB of {allowed / 1e9:.3g}"
+        numbers.update(peak=peak, allowed=allowed)
+    yield row(
+        f"GPT-2, {d / 1e6:.4g}M parameters, {batch} × {length} tokens",
+        f"{told}, {result.seconds / result.n:.3g} s a direction",
+        "< 5 %, ≤ 2 × model + activations",
+        met,
+        **numbers,
+    )

@@ -1,0 +1,154 @@
+"""Rounds on a device: losses at the trial radii, and the searches' next step, without the host.
+
+On a GPU a round is captured in a CUDA graph, which has to repeat what the same operations do one by
+one; elsewhere, and where that cannot be, they are issued one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .._reference.search_step import Mark, Number, Phase, SearchState
+from .protocol import DeviceEngine
+
+Int = npt.NDArray[np.int64]
+
+# A run of fewer rounds is over before a graph would pay.
+_BEFORE_CAPTURE = 4
+# Of a captured round's losses, against those of the same operations one by one.
+_TOLERANCE = 1e-5
+
+
+class Rounds:
+    """The searches of some lanes of an engine.
+
+    Args:
+        engine: evaluates them.
+        lanes: consecutive ones.
+        threshold_step: the backend's.
+        pool: of the graphs of one engine, which never run at once.
+    """
+
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        lanes: slice,
+        threshold_step: Callable[..., None],
+        pool: Any = None,
+    ) -> None:
+        self._engine = engine
+        self.lanes = lanes
+        self._step = threshold_step
+        self._pool = pool
+        self.state = SearchState.empty(lanes.stop - lanes.start, engine.device)
+        self._gpu = engine.device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._done = 0
+        # Why the round is not captured.
+        self.trouble: str | None = None
+        # What the host reads: how many lanes are settled, and when that is not 0, which.
+        self._count = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._gpu)
+        self._phases = torch.zeros(
+            self.state.lanes, dtype=torch.int32, device="cpu", pin_memory=self._gpu
+        )
+        self._told: Any = torch.cuda.Event() if self._gpu else None  # type: ignore[no-untyped-call]
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether rounds are one launch of a graph."""
+        return self._graph is not None
+
+    def begin(self) -> None:
+        """Issues a round, and the copy of what it tells."""
+        if self._gpu and self._graph is None and self.trouble is None:
+            if self._done >= _BEFORE_CAPTURE:
+                self._capture()
+            self._done += 1
+        if self._graph is None:
+            self._round()
+        else:
+            self._graph.replay()
+        self._count.copy_(self.state.settled, non_blocking=self._gpu)
+        self._phases.copy_(self.state.marks[Mark.PHASE], non_blocking=self._gpu)
+        if self._told is not None:
+            self._told.record()
+
+    def settled(self) -> int:
+        """How many lanes were settled by the latest round, for which this waits."""
+        if self._told is not None:
+            self._told.synchronize()
+        return int(self._count[0])
+
+    def which(self) -> Int:
+        """The settled lanes, counted from the first of these."""
+        found: Int = np.flatnonzero(self._phases.numpy() == int(Phase.SETTLED))
+        return found
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for part in self._engine.loss_parts(self.state.radii, self.lanes):
+                self._step(
+                    self.state,
+                    part.outputs,
+                    part.target,
+                    kind=part.kind,
+                    scale=part.scale,
+                    ignore_index=part.ignore_index,
+                    lanes=part.lanes,
+                    first=part.first,
+                    last=part.last,
+                )
+
+    def _capture(self) -> None:
+        """Captures the round in a graph, and checks it; the state stays as it was."""
+        state = self.state
+        saved = [t.clone() for t in (state.numbers, state.marks, state.settled)]
+
+        def restore() -> None:
+            for tensor, value in zip(
+                (state.numbers, state.marks, state.settled), saved, strict=True
+            ):
+                tensor.copy_(value)
+
+        current = torch.cuda.current_stream(self._engine.device)
+        try:
+            # What is made at a first use must not be made inside the graph.
+            stream: Any = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self._round()
+                restore()
+                self._round()
+                wanted = [state.numbers.clone(), state.marks.clone()]
+                restore()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._round()
+            graph.replay()
+            if self._agrees(wanted, saved[1]):
+                self._graph = graph
+            else:
+                self.trouble = "the captured round gave other losses"
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            # A capture that fails leaves its own stream behind.
+            torch.cuda.set_stream(current)
+        restore()
+
+    def _agrees(self, wanted: list[Tensor], before: Tensor) -> bool:
+        phases = before[Mark.PHASE]
+        waited = (phases > Phase.IDLE) & (phases < Phase.SETTLED)
+        ours, theirs = (
+            numbers[Number.TOTAL][waited] for numbers in (self.state.numbers, wanted[0])
+        )
+        return bool(torch.isclose(ours, theirs, rtol=_TOLERANCE, atol=0, equal_nan=True).all())

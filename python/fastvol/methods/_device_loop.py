@@ -1,0 +1,260 @@
+"""Where rays are searched: on the engine's device as far as that goes, else by the core's loop.
+
+On a device the lanes are two groups. While one group's round runs the host reads how many lanes of
+the other have settled, and gives them new directions: neither waits for the other. On the way out
+of memory the lanes are halved and the same rays searched again, which has the same answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .._problem import Problem
+from .._reference.search_step import Mark, Number, Phase, Rule
+from ..engines.memory import to_device
+from ..engines.protocol import DeviceEngine, OffDeviceError
+from ..engines.rounds import Rounds
+from ..errors import FastvolError
+
+if TYPE_CHECKING:
+    from ._search import RayLoss
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+Results = tuple[Float, npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+
+# Lanes are given new directions when this share of a group has settled.
+_REFILL_SHARE = 1 / 16
+_MAX_EVALUATIONS = 200
+
+# None: the engine's losses do not stay on its device.
+_loops: weakref.WeakKeyDictionary[Any, _DeviceLoop | None] = weakref.WeakKeyDictionary()
+
+
+def search(
+    problem: Problem, loss: RayLoss, start: Float, *, mode: str, options: Mapping[str, Any]
+) -> Results:
+    """What ``problem.backend.search`` returns for the rays assigned to ``loss``.
+
+    Args:
+        problem, loss: of the run.
+        start: log radii ``[n]``.
+        mode: ``"search"`` or ``"scan"``.
+        options: of ``search``, without the lanes.
+
+    Raises:
+        FastvolError: the device has not the memory for a single ray.
+    """
+    engine, backend = loss.engine, problem.backend
+    if isinstance(engine, DeviceEngine) and (
+        engine.device.type == "cuda" or backend.name == "triton"
+    ):
+        try:
+            return _on_device(problem, loss, engine, start, mode, options)
+        except OffDeviceError as error:
+            if _loops.get(engine) is not None:
+                _tell(problem, f"loop on the device: {error}")
+            _loops[engine] = None
+    problem.provenance.setdefault("loop", f"host, {backend.name}")
+    results: Results = backend.search(loss, start, mode=mode, lanes=engine.lanes, **options)
+    return results
+
+
+def _on_device(
+    problem: Problem,
+    loss: RayLoss,
+    engine: DeviceEngine,
+    start: Float,
+    mode: str,
+    options: Mapping[str, Any],
+) -> Results:
+    while True:
+        try:
+            return _attempt(problem, loss, engine, start, mode, options)
+        except torch.OutOfMemoryError as error:
+            if engine.lanes == 1:
+                raise FastvolError(
+                    f"{engine.device} has not the memory for one ray in flight; pass data in "
+                    f"smaller batches, or take a smaller model. It was: {error}"
+                ) from error
+        # Beyond the handler, which keeps the frames of the failure and their tensors; the graphs go
+        # with the loop.
+        _loops.pop(engine, None)
+        lanes = engine.lanes // 2
+        engine.resize(lanes)
+        _tell(problem, f"{engine.device} was out of memory: {lanes} lanes")
+
+
+def _attempt(
+    problem: Problem,
+    loss: RayLoss,
+    engine: DeviceEngine,
+    start: Float,
+    mode: str,
+    options: Mapping[str, Any],
+) -> Results:
+    if engine not in _loops:
+        _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step)
+    loop = _loops[engine]
+    if loop is None:
+        raise OffDeviceError("it has been tried")
+    found = loop.run(loss, start, mode == "scan", options)
+    problem.provenance["loop"] = loop.described
+    for trouble in loop.troubles():
+        _tell(problem, trouble)
+    return found
+
+
+def _tell(problem: Problem, text: str) -> None:
+    told = problem.provenance["fell_back"]
+    if text not in told:
+        told.append(text)
+
+
+class _Group:
+    """Some lanes with their rounds, and the items on them."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds = rounds
+        self.items = np.full(rounds.state.lanes, -1)
+
+    @property
+    def carried(self) -> int:
+        return int((self.items >= 0).sum())
+
+
+class _DeviceLoop:
+    """The lane loop of one engine on its device.
+
+    Args:
+        engine: evaluates the lanes.
+        threshold_step: the backend's.
+    """
+
+    def __init__(self, engine: DeviceEngine, threshold_step: Any) -> None:
+        # The engine is the key under which this is kept.
+        self._engine = weakref.proxy(engine)
+        self.device = engine.device
+        gpu = self.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if gpu else None
+        middle = (engine.lanes + 1) // 2
+        bounds = [0, middle, engine.lanes] if engine.lanes > 1 else [0, 1]
+        self._groups = [
+            _Group(Rounds(self._engine, slice(a, b), threshold_step, pool))
+            for a, b in itertools.pairwise(bounds)
+        ]
+
+    @property
+    def described(self) -> str:
+        """What runs the rounds."""
+        captured = any(group.rounds.is_captured for group in self._groups)
+        return f"{self.device.type}, {'CUDA graph' if captured else 'operation by operation'}"
+
+    def troubles(self) -> set[str]:
+        """Why rounds are not captured."""
+        found = {group.rounds.trouble for group in self._groups}
+        return {f"CUDA graph: {trouble}" for trouble in found if trouble is not None}
+
+    def run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
+        """See :func:`search`."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                return self._run(loss, start, scan, options)
+        return self._run(loss, start, scan, options)
+
+    def _run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
+        began = time.perf_counter()
+        n = len(start)
+        starts = torch.from_numpy(np.ascontiguousarray(start)).to(self.device)
+        results = _Found(n, self.device)
+        rules = _rules(options, loss.limit)
+        for group in self._groups:
+            group.items[:] = -1
+            group.rounds.state.clear()
+            group.rounds.state.keep_rules(rules)
+        loading, fresh = 0.0, 0
+        for group in self._groups:
+            fresh += self._fill(group, loss, starts, fresh, scan)
+            if group.carried:
+                group.rounds.begin()
+        under_way = [group for group in self._groups if group.carried]
+        while under_way:
+            for group in under_way:
+                settled, carried = group.rounds.settled(), group.carried
+                enough = fresh < n and settled >= max(1, _REFILL_SHARE * carried)
+                if settled == carried or enough:
+                    self._collect(group, results)
+                    before = loss.seconds
+                    fresh += self._fill(group, loss, starts, fresh, scan)
+                    loading += loss.seconds - before
+                if group.carried:
+                    group.rounds.begin()
+            under_way = [group for group in under_way if group.carried]
+        loss.finish_loading()
+        found = results.read()
+        loss.n_loss += int(found[2].sum())
+        # What was loaded has been counted there.
+        loss.seconds += time.perf_counter() - began - loading
+        return found
+
+    def _fill(self, group: _Group, loss: RayLoss, starts: Tensor, fresh: int, scan: bool) -> int:
+        """Puts the next items on the free lanes of a group; returns how many."""
+        free = np.flatnonzero(group.items < 0)[: len(starts) - fresh]
+        if not len(free):
+            return 0
+        items = np.arange(fresh, fresh + len(free))
+        lanes = free + group.rounds.lanes.start
+        loss.load_async(lanes, items)
+        self._engine.prepare(lanes)
+        group.items[free] = items
+        where = to_device(free, self.device)
+        group.rounds.state.begin(where, starts[fresh : fresh + len(free)], scan=scan)
+        return len(free)
+
+    def _collect(self, group: _Group, results: _Found) -> None:
+        """Takes the results of a group's settled lanes, which are idle then."""
+        which = group.rounds.which()
+        state = group.rounds.state
+        lanes = to_device(which, self.device)
+        items = to_device(group.items[which], self.device)
+        results.put(items, state.numbers, state.marks, lanes)
+        state.marks[Mark.PHASE].index_fill_(0, lanes, int(Phase.IDLE))
+        group.items[which] = -1
+
+
+class _Found:
+    """The results of n items, on the device until they are read."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._x = torch.zeros(n, dtype=torch.float64, device=device)
+        self._marks = torch.zeros((3, n), dtype=torch.int32, device=device)
+
+    def put(self, items: Tensor, numbers: Tensor, marks: Tensor, lanes: Tensor) -> None:
+        """Keeps what the searches on some lanes found."""
+        self._x.index_copy_(0, items, numbers[Number.X, lanes])
+        for row, mark in enumerate((Mark.STATUS, Mark.EVALUATIONS, Mark.REENTRANT)):
+            self._marks[row].index_copy_(0, items, marks[mark, lanes])
+
+    def read(self) -> Results:
+        """All of it, on the host."""
+        marks = self._marks.cpu().numpy()
+        return (
+            self._x.cpu().numpy(),
+            marks[0].astype(np.uint8),
+            marks[1],
+            marks[2].astype(np.uint8),
+        )
+
+
+def _rules(options: Mapping[str, Any], limit: float) -> dict[Rule, float]:
+    given = {"max_evaluations": _MAX_EVALUATIONS, **options, "limit": limit}
+    return {rule: float(given[rule.name.lower()]) for rule in Rule}
