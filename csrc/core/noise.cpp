@@ -86,9 +86,6 @@ struct Tile {
     int n;
     int skip;
     int lead;
-
-    Tile(std::int64_t begin, int n, int lead)
-        : begin(begin), n(n), skip(begin == 0 ? lead : 0), lead(lead) {}
     int size() const { return n - skip; }
     std::int64_t column() const { return begin + skip - lead; }
 };
@@ -112,8 +109,8 @@ void fill_part(const VectorKey& key, std::uint32_t first_block, const Tile& tile
 template <typename Body>
 void for_tiles(const Chunk& chunk, int lead, Body&& body) {
     for (std::int64_t begin = chunk.begin; begin < chunk.end; begin += tile_size) {
-        body(Tile(begin, static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin)),
-                  lead));
+        const auto n = static_cast<int>(std::min<std::int64_t>(tile_size, chunk.end - begin));
+        body(Tile{begin, n, begin == 0 ? lead : 0, lead});
     }
 }
 
