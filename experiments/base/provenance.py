@@ -15,6 +15,8 @@ import torch
 import fastvol
 
 _REPOSITORY = Path(__file__).parent.parent.parent
+# Fresh results do not make the sources differ from the commit.
+_RESULTS = (":(exclude,glob)experiments/*/results/**", ":(exclude)benchmarks/results")
 
 
 def circumstances() -> dict[str, Any]:
@@ -60,4 +62,4 @@ def _cpu_model() -> str:
 
 # Read at import, as the sources that run were: a long run may see them change.
 COMMIT = _git("rev-parse", "HEAD")
-DIRTY = bool(_git("status", "--porcelain", "--", ".", ":!*/results"))
+DIRTY = bool(_git("status", "--porcelain", "--", ".", *_RESULTS))

@@ -39,9 +39,9 @@ def published(
     """log mean r^d on the published grid, and with exact crossings along the same directions.
 
     Returns:
-        grid, exact (nats; None where no direction crosses), step (nats that one step of the grid is
-        worth at the longest radius), median_log_radius (exact), directions, dropped (those that
-        never cross).
+        grid, exact (nats; None where no direction crosses), step (nats that one step of the grid
+        is worth at the longest radius), median_log_radius (exact), directions, dropped (that never
+        cross).
     """
     loss_fn = LOSSES[pool.loss]
     inputs, targets = landscape

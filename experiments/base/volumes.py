@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,19 +63,28 @@ def measure(
     measure: fastvol.Lebesgue | fastvol.Gaussian = fastvol.Lebesgue()
     if how.std is not None:
         measure = fastvol.Gaussian(how.std, center=how.center)
-    volume = fastvol.estimate(
-        model,
-        loss_fn,
-        n=how.n,
-        data=landscape,
-        threshold=how.threshold,
-        metric=how.metric,
-        measure=measure,
-        method=how.method,
-        seed=how.seed,
-        progress=False,
-    )
+    with unwarned():
+        volume = fastvol.estimate(
+            model,
+            loss_fn,
+            n=how.n,
+            data=landscape,
+            threshold=how.threshold,
+            metric=how.metric,
+            measure=measure,
+            method=how.method,
+            seed=how.seed,
+            progress=False,
+        )
     return Outcome({**facts, "seconds": volume.seconds}, volume=volume)
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Without fastvol's warnings of slowness: a result's provenance says what fell back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastvol.FastvolWarning)
+        yield
 
 
 def describe(volume: fastvol.VolumeEstimate | None) -> dict[str, Any]:
@@ -102,6 +113,7 @@ def describe(volume: fastvol.VolumeEstimate | None) -> dict[str, Any]:
         "n_grad": volume.n_grad,
         "seconds": volume.seconds,
         "warnings": list(volume.warnings),
+        "fell_back": list(volume.provenance["fell_back"]),
     }
 
 

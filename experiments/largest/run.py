@@ -14,7 +14,7 @@ from ..base import figures
 from ..base.cache import Outcome
 from ..base.figures import several
 from ..base.laboratory import Basin, Laboratory, Probe, Run
-from ..base.protocols import MNIST_SIZES, SMOKE, Family, grid, mnist_mlp
+from ..base.protocols import MNIST_SIZES, SMOKE, Family, anchor, grid, mnist_mlp
 from ..base.published import published
 from ..base.statistics import mean_of, over_seeds, ranking
 from ..base.sweep import Tick, Unit
@@ -70,6 +70,7 @@ def run(laboratory: Laboratory, settings: Settings) -> dict[str, Any]:
             **basin.run.end,
             "loss": basin.loss,
             "published": describe(basin.volume),
+            "anchor": anchor(basin, laboratory.pool(family.pool).name),
             "filled": None if radius is None else filled(basin.volume, radius),
         }
         there = by_cell[family.base, seed].volume
@@ -191,6 +192,15 @@ def draw(found: Mapping[str, Any]) -> Figure:
         1,
         f"published protocol, seed {found['grid'][0]['seed']}" if grid_rows else None,
     )
+    anchored = [row for row in found["rows"] if row["anchor"] is not None]
+    if anchored:
+        figures.plain(
+            published_ax,
+            [row["size"] for row in anchored],
+            [row["anchor"]["published"] for row in anchored],
+            2,
+            "the paper, seed 1",
+        )
     figures.plain(
         accuracy_ax,
         sizes,

@@ -6,6 +6,7 @@ directions, and compared with the group's first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -210,14 +211,18 @@ def title(found: Mapping[str, Any]) -> str:
     """What was found, in a sentence."""
     sam, batch, imbalance = found["groups"]
     parts = [
-        f"SAM changes φ(R) by {_gap(sam, 'SAM, ρ = 0.05', 'AdamW'):+.2f} nats at equal data",
-        f"the smallest batch by {_ends(batch):+.2f} nats against the largest",
+        f"SAM changes φ(R) by {_nats(_gap(sam, 'SAM, ρ = 0.05', 'AdamW'))} at equal data",
+        f"the smallest batch by {_nats(_ends(batch))} against the largest",
     ]
     uneven = imbalance["rows"][0]["series"]
     parts.append(
-        f"balanced data added to an imbalanced base by {_growth(imbalance, uneven):+.2f} nats"
+        f"balanced data added to an imbalanced base by {_nats(_growth(imbalance, uneven))}"
     )
     return ", ".join(parts)
+
+
+def _nats(change: float) -> str:
+    return "an unknown amount" if math.isnan(change) else f"{change:+.2f} nats"
 
 
 def _value(group: Mapping[str, Any], series: str, x: float) -> float:

@@ -30,7 +30,7 @@ from ..base.samples import Sample
 from ..base.statistics import mean_of
 from ..base.sweep import Tick, Unit
 from ..base.training import Recipe, evaluate
-from ..base.volumes import Measurement, describe
+from ..base.volumes import Measurement, describe, unwarned
 from .classes import aligned, components, joined
 
 if TYPE_CHECKING:
@@ -152,15 +152,16 @@ def _prior_unit(laboratory: Laboratory, settings: Settings, size: int) -> Unit:
     def work(tick: Tick) -> Outcome:
         model = settings.net.build(pool).to(laboratory.device)
         examples = laboratory.examples(sample, _POOL)
-        mass = fastvol.prior_mass(
-            model,
-            LOSSES[pool.loss],
-            settings.prior_n,
-            data=examples,
-            threshold=settings.threshold,
-            std=settings.std,
-            progress=False,
-        )
+        with unwarned():
+            mass = fastvol.prior_mass(
+                model,
+                LOSSES[pool.loss],
+                settings.prior_n,
+                data=examples,
+                threshold=settings.threshold,
+                std=settings.std,
+                progress=False,
+            )
         solutions = []
         for index in range(len(mass.solutions)):
             model.load_state_dict(mass.solution(index), strict=False)

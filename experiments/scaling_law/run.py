@@ -21,6 +21,7 @@ from ..base.protocols import (
     MNIST_SIZES,
     SMOKE,
     Family,
+    anchor,
     cifar_cnn,
     cifar_mlp,
     grid,
@@ -139,6 +140,7 @@ def _measured(laboratory: Laboratory, case: Case) -> dict[str, Any]:
             **runs[size, seed].end,
             "loss": basin.loss,
             "published": describe(basin.volume),
+            "anchor": anchor(basin, laboratory.pool(family.pool).name),
             "filled": None if radius is None else filled(basin.volume, radius),
             "mass": (
                 None
