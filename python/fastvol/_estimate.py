@@ -14,14 +14,20 @@ from torch import nn
 
 from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
+from ._interrupts import interruptible
 from ._layout import ParameterLayout, ParameterSelector, digest
+from ._memory import within_memory
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
+from ._resuming import check_block, plan_of_folder
 from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from ._version import __version__
+from ._work import Work
+from .checkpoints import Folder, identify
+from .checkpoints.folder import folder_path
+from .checkpoints.identity import digest_model, digest_value
 from .engines import Plan, choose_plan
-from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
 from .metrics import Metric, metric_scale
@@ -153,7 +159,15 @@ def estimate(  # type: ignore[misc]
         device: must be the model's own, if given.
         lanes: rays in flight; measured by default.
         plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
-        checkpoint, on_interrupt: not part of this version beyond ``None`` and ``"raise"``.
+        checkpoint: a folder that keeps what is done, made if it is missing: the same call
+            continues there, with a larger n as well (n means total), on as many processes as there
+            are. It is carried out as the folder says, bit for bit the same, unless ``plan``,
+            ``engine``, ``backend`` or ``lanes`` ask for something else: then radii agree within
+            ``rtol``. Chains go on from their last level; with another n they are other runs. A
+            folder of another model, loss, data, metric or seed is refused.
+        on_interrupt: ``"return"`` gives, after Ctrl-C or SIGTERM, the estimate from the directions
+            settled so far, with a warning; ``"raise"`` an :class:`Interrupted`. Chains have no
+            partial estimate, and raise.
         progress: show a progress bar on a terminal.
         callbacks: each is called with a :class:`Progress` after every block of 1,024 directions of
             independent rays.
@@ -166,7 +180,8 @@ def estimate(  # type: ignore[misc]
         TypeError, ValueError: an argument, named in the message, is not usable: also a loss at θ*
             that is not finite, exceeds the threshold, or differs between two calls.
         FastvolError: the loss raised, or an argument is of a later version
-            (:class:`NotAvailableError`).
+            (:class:`NotAvailableError`), or ``checkpoint`` belongs to another run.
+        Interrupted: Ctrl-C or SIGTERM came; it is a KeyboardInterrupt, and says what is kept.
 
     Example:
         >>> import torch, fastvol
@@ -182,7 +197,9 @@ def estimate(  # type: ignore[misc]
     if _check_noise(noise, method, engine) == "rowspace":
         run_method, engine = methods.get("radial"), "layered"
     _check_preconditioner(preconditioner)
-    _refuse_later(checkpoint, on_interrupt)
+    work = Work(on_interrupt=_check_on_interrupt(on_interrupt))
+    if checkpoint is not None:
+        folder_path(checkpoint)
     engines.check_name(string(engine, "engine"))
     chosen_backend = _backend.select(string(backend, "backend"))
     count = whole(n, "n", least=1, below=2**63)
@@ -218,9 +235,46 @@ def estimate(  # type: ignore[misc]
     given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
     start = typical_radius(theta, ray_scale)
 
-    with preserved(inner), Threads(given_plan), quiet_vmap():
+    with interruptible(work), preserved(inner), Threads(given_plan), quiet_vmap():
+        identity = None
+        if checkpoint is not None:
+            work.folder = Folder(checkpoint)
+            model_digest = digest_model(inner)
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
+        if work.folder is not None:
+            identity = identify(
+                objective,
+                layout,
+                chosen_backend,
+                model=model_digest,
+                loss0=loss0,
+                scale=ray_scale,
+                radius=0.1 * start,
+                asked={
+                    "metric": metric_name,
+                    "measure": measure.describe(),
+                    "method": method,
+                    "preconditioner": digest_value(preconditioner),
+                    "rtol": "auto" if tolerance is None else tolerance,
+                    "seed": seed,
+                    "replicates": repeats,
+                    "antithetic": paired,
+                    "noise": noise,
+                    "first_crossing": first_crossing,
+                },
+            )
+            stored = work.folder.manifest
+            if stored is not None:
+                work.folder.verify(identity)
+                # Thresholds may depend on its last digit.
+                loss0 = stored["identity"]["losses"][0]
+                if given_plan is None:
+                    given_plan, chosen_backend = plan_of_folder(
+                        stored["plan"], layout, engine=engine, backend=backend, lanes=lane_count
+                    )
+                    if given_plan is not None:
+                        torch.set_num_threads(given_plan.threads)
         thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None
         if given_plan is None:
@@ -238,6 +292,11 @@ def estimate(  # type: ignore[misc]
             if noise == "rowspace":
                 given_plan = replace(given_plan, cached=True)
             torch.set_num_threads(given_plan.threads)
+        provenance = _provenance(given_plan, layout, trouble)
+        if work.folder is not None and identity is not None:
+            if work.folder.manifest is None:
+                work.folder.create(identity, given_plan.describe(), provenance)
+            check_block(given_plan, work.folder.manifest["plan"])
         config = {
             "layout": layout.describe(),
             "point_sha256": digest(theta, scale),
@@ -271,12 +330,13 @@ def estimate(  # type: ignore[misc]
             plan=given_plan,
             backend=chosen_backend,
             config=config,
-            provenance=_provenance(given_plan, layout, trouble),
+            provenance=provenance,
             progress=progress,
             callbacks=calls,
             began=began,
+            work=work,
         )
-        results = run_method(problem)
+        results = within_memory(run_method, problem)
     return results[0] if single else results
 
 
@@ -345,15 +405,10 @@ def _check_noise(noise: Any, method: str, engine: Any) -> str:
     return str(noise)
 
 
-def _refuse_later(checkpoint: Any, on_interrupt: Any) -> None:
-    if checkpoint is not None:
-        raise NotAvailableError(
-            "checkpoint= is not part of this version; save the result with result.save(path)"
-        )
-    if string(on_interrupt, "on_interrupt") == "return":
-        raise NotAvailableError("on_interrupt='return' is not part of this version")
-    if on_interrupt != "raise":
+def _check_on_interrupt(on_interrupt: Any) -> str:
+    if string(on_interrupt, "on_interrupt") not in ("raise", "return"):
         raise ValueError(f"on_interrupt must be 'raise' or 'return', got {on_interrupt!r}")
+    return str(on_interrupt)
 
 
 def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
-    except KeyboardInterrupt:
-        print("fastvol: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"fastvol: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except (FastvolError, ValueError, OSError) as error:
         print(f"fastvol: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,16 +8,28 @@ the gate says when that matters.
 
 from __future__ import annotations
 
+import time
+
 from .._problem import Problem
 from ..result import VolumeEstimate
+from ._decisions import Decision, decided
 from ._rays import run_threshold
+from ._search import make_pilot, pilot_source
 
 
 def run(problem: Problem) -> list[VolumeEstimate]:
     """One estimate per threshold, from the same directions."""
     engine = problem.engine()
+
+    def choose(threshold: float) -> Decision:
+        source = pilot_source(problem, engine)
+        pilot, _ = make_pilot(problem, source, threshold)
+        return Decision("radial", None, pilot, source.n_loss, seconds=source.seconds)
+
+    def one(threshold: float) -> VolumeEstimate:
+        began = time.perf_counter()
+        decision = decided(problem, threshold, ("rays",), lambda: choose(threshold))
+        return run_threshold(problem, engine, threshold, bar, decision, began)
+
     with problem.bar() as bar:
-        return [
-            run_threshold(problem, engine, threshold, bar, method="radial")
-            for threshold in problem.thresholds
-        ]
+        return problem.over_thresholds(one)
