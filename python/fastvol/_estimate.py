@@ -236,7 +236,7 @@ def estimate(  # type: ignore[misc]
     start = typical_radius(theta, ray_scale)
 
     with interruptible(work), preserved(inner), Threads(given_plan), quiet_vmap():
-        identity = None
+        identity, block = None, _BLOCK
         if checkpoint is not None:
             work.folder = Folder(checkpoint)
             model_digest = digest_model(inner)
@@ -269,9 +269,10 @@ def estimate(  # type: ignore[misc]
                 work.folder.verify(identity)
                 # Thresholds may depend on its last digit.
                 loss0 = stored["identity"]["losses"][0]
+                block = work.folder.plan["block"]
                 if given_plan is None:
                     given_plan, chosen_backend = plan_of_folder(
-                        stored["plan"], layout, engine=engine, backend=backend, lanes=lane_count
+                        work.folder.plan, layout, engine=engine, backend=backend, lanes=lane_count
                     )
                     if given_plan is not None:
                         torch.set_num_threads(given_plan.threads)
@@ -285,7 +286,7 @@ def estimate(  # type: ignore[misc]
                 ray_scale,
                 chosen_backend,
                 lanes=lane_count,
-                block=_BLOCK,
+                block=block,
                 radius=0.1 * start,
                 rays=count,
             )
@@ -296,7 +297,7 @@ def estimate(  # type: ignore[misc]
         if work.folder is not None and identity is not None:
             if work.folder.manifest is None:
                 work.folder.create(identity, given_plan.describe(), provenance)
-            check_block(given_plan, work.folder.manifest["plan"])
+            check_block(given_plan, work.folder.plan)
         config = {
             "layout": layout.describe(),
             "point_sha256": digest(theta, scale),

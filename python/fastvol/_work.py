@@ -59,10 +59,10 @@ class Work:
         """Raises where this run has to end: another part of it has failed.
 
         Raises:
-            Stopped: within a thread, whose error nobody sees.
+            StoppedError: within a thread, whose error nobody sees.
         """
         if self._stopped.is_set():
-            raise Stopped
+            raise StoppedError
 
     def note(self, n_done: int, n: int, unit: str = "directions") -> None:
         """Says how much is done."""
@@ -188,7 +188,7 @@ class Work:
             self.folder.close()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a thread whose result nobody wants any more."""
 
 
@@ -199,4 +199,3 @@ def section(threshold: float) -> str:
 
 def _place(place: str, number: int) -> str:
     return f"{place}/{number:08d}"
-

@@ -64,6 +64,13 @@ class Folder:
             self.close()
             raise
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """How the run is carried out."""
+        assert self.manifest is not None
+        plan: dict[str, Any] = self.manifest["plan"]
+        return plan
+
     def verify(self, identity: Identity) -> None:
         """Refuses a run that is not the folder's.
 
@@ -214,7 +221,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}")
         version = manifest["format_version"]

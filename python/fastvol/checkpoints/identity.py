@@ -140,7 +140,7 @@ def digest_value(value: Any) -> Any:
         return {str(key): digest_value(entry) for key, entry in value.items()}
     if isinstance(value, torch.optim.Optimizer):
         state = [
-            digest_value({k: v for k, v in sorted(value.state[p].items(), key=lambda kv: kv[0])})
+            digest_value(dict(sorted(value.state[p].items(), key=lambda entry: entry[0])))
             for group in value.param_groups
             for p in group["params"]
             if p in value.state

@@ -69,9 +69,7 @@ class Searcher:
         problem, loss = self._problem, self._loss
         before = loss.n_loss
         rays = Rays.empty(len(ids))
-        rays.log_radii[:], rays.status[:] = settle(
-            problem, loss, self._pilot, self._threshold, ids
-        )
+        rays.log_radii[:], rays.status[:] = settle(problem, loss, self._pilot, self._threshold, ids)
         rays.shift[:] = loss.shift
         rays.log_offset[:] = loss.offsets()
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -94,10 +92,12 @@ class Searcher:
             before = self._loss.n_loss
             rows = np.arange(len(ids))
             own = rays.take(ids)
-            found = scan(
-                self._problem, self._loss, self._pilot, self._threshold, own, ids, rows
-            )
-            arrays = {"log_radii": own.log_radii, "status": own.status, "reentrant": found}
+            found = scan(self._problem, self._loss, self._pilot, self._threshold, own, ids, rows)
+            arrays: dict[str, npt.NDArray[Any]] = {
+                "log_radii": own.log_radii,
+                "status": own.status,
+                "reentrant": found,
+            }
             return Piece(arrays, {"n_loss": self._loss.n_loss - before, "of": _seen(rays, ids)})
 
         return self._within_memory(scanned)
@@ -342,6 +342,8 @@ def _audit(
     """Audits in place; the losses that it took."""
     place = f"{section(threshold)}/audit-{problem.n}"
     plan = problem.plan
-    scans = Scans(work, place, searchers, rays, min(max(64, 4 * plan.lanes), plan.block), plan.block)
+    scans = Scans(
+        work, place, searchers, rays, min(max(64, 4 * plan.lanes), plan.block), plan.block
+    )
     audit(problem, scans, rays, search_loss)
     return scans.n_loss

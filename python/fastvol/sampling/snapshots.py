@@ -63,9 +63,7 @@ def level_from_piece(
     """The beginning that :func:`level_to_piece` wrote; move and generators are set to that time."""
     arrays, info = piece.arrays, piece.info
     start = "run."
-    columns = {
-        name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)
-    }
+    columns = {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)}
     device = rays.problem.layout.device
     names = ("log_radii", "status", "shift", "log_norm", "log_offset")
     state = Population(

@@ -94,7 +94,6 @@ class Run:
         self.levels.append(level)
         self.reports.append(report)
 
-
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """What it knows of each state, by name."""
         return {name: getattr(self, name) for name in _ARRAYS}
@@ -125,7 +124,7 @@ class Run:
         """
         told = dict(description)
         told["levels"] = [Level(*pair) for pair in told["levels"]]
-        arrays = {name: columns[name] for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: columns[name] for name in _ARRAYS}
         if len({len(array) for array in arrays.values()}) != 1:
             raise ValueError("the arrays of a run differ in length")
         return cls(**told, **arrays)
