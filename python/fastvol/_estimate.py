@@ -14,12 +14,14 @@ from torch import nn
 
 from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
+from ._devices import elsewhere, read_devices
 from ._interrupts import interruptible
 from ._layout import ParameterLayout, ParameterSelector, digest
 from ._memory import within_memory
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
-from ._resuming import check_block, plan_of_folder
+from ._processes import team
+from ._resuming import agree, plan_of_folder
 from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from ._version import __version__
@@ -85,7 +87,7 @@ def estimate(  # type: ignore[misc]
     first_crossing: bool = False,
     engine: str = "auto",
     backend: str = "auto",
-    device: torch.device | str | None = None,
+    device: Any = None,
     lanes: int | Literal["auto"] = "auto",
     plan: Mapping[str, Any] | None = None,
     checkpoint: Any = None,
@@ -156,7 +158,8 @@ def estimate(  # type: ignore[misc]
             the parameters once a direction; ``"general"`` runs any module. ``"auto"`` measures both
             where the model can be traced; ``provenance["engine_reason"]`` says why it chose.
         backend: who runs the loop and makes the noise: ``"auto"``, ``"cpp"`` or ``"torch"``.
-        device: must be the model's own, if given.
+        device: the model's own, if given; for independent rays also a sequence of devices of its
+            kind, the model's among them, or ``"all"``: a copy of the model works on each.
         lanes: rays in flight; measured by default.
         plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
         checkpoint: a folder that keeps what is done, made if it is missing: the same call
@@ -228,21 +231,40 @@ def estimate(  # type: ignore[misc]
     layout = ParameterLayout(inner, parameters)
     if layout.size > 2**34:
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
-    _check_device(device, layout.device)
+    devices = read_devices(device, layout.device)
     theta = layout.flatten()
     scale, metric_name = metric_scale(metric, layout, theta, used=isinstance(measure, Lebesgue))
     ray_scale = layout.expand(measure.std, "std") if isinstance(measure, Gaussian) else scale
     given_plan = None if plan is None else read_plan(plan, chosen_backend, layout, lane_count)
     start = typical_radius(theta, ray_scale)
 
-    with interruptible(work), preserved(inner), Threads(given_plan), quiet_vmap():
-        identity, block = None, _BLOCK
-        if checkpoint is not None:
+    with (
+        interruptible(work),
+        team() as work.team,
+        preserved(inner),
+        Threads(given_plan),
+        quiet_vmap(),
+    ):
+        shared = checkpoint is not None or work.team is not None
+        model_digest = digest_model(inner) if shared else {}
+        if checkpoint is not None and work.leads:
             work.folder = Folder(checkpoint)
-            model_digest = digest_model(inner)
         objective = Objective(inner, loss_fn, data, layout.device)
         loss0 = objective.prepare(layout.unflatten(theta.clone(), PREFIX))
-        if work.folder is not None:
+        asked = {
+            "metric": metric_name,
+            "measure": measure.describe(),
+            "method": method,
+            "preconditioner": digest_value(preconditioner),
+            "rtol": "auto" if tolerance is None else tolerance,
+            "seed": seed,
+            "replicates": repeats,
+            "antithetic": paired,
+            "noise": noise,
+            "first_crossing": first_crossing,
+        }
+        identity = None
+        if shared:
             identity = identify(
                 objective,
                 layout,
@@ -251,53 +273,40 @@ def estimate(  # type: ignore[misc]
                 loss0=loss0,
                 scale=ray_scale,
                 radius=0.1 * start,
-                asked={
-                    "metric": metric_name,
-                    "measure": measure.describe(),
-                    "method": method,
-                    "preconditioner": digest_value(preconditioner),
-                    "rtol": "auto" if tolerance is None else tolerance,
-                    "seed": seed,
-                    "replicates": repeats,
-                    "antithetic": paired,
-                    "noise": noise,
-                    "first_crossing": first_crossing,
-                },
+                asked=asked,
             )
-            stored = work.folder.manifest
-            if stored is not None:
-                work.folder.verify(identity)
-                # Thresholds may depend on its last digit.
-                loss0 = stored["identity"]["losses"][0]
-                block = work.folder.plan["block"]
-                if given_plan is None:
-                    given_plan, chosen_backend = plan_of_folder(
-                        work.folder.plan, layout, engine=engine, backend=backend, lanes=lane_count
-                    )
-                    if given_plan is not None:
-                        torch.set_num_threads(given_plan.threads)
-        thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
         trouble = None
-        if given_plan is None:
-            given_plan, trouble = choose_plan(
-                engine,
-                objective,
-                layout,
-                ray_scale,
-                chosen_backend,
-                lanes=lane_count,
-                block=block,
-                radius=0.1 * start,
-                rays=count,
-            )
-            if noise == "rowspace":
-                given_plan = replace(given_plan, cached=True)
-            torch.set_num_threads(given_plan.threads)
-        provenance = _provenance(given_plan, layout, trouble)
-        if work.folder is not None and identity is not None:
-            if work.folder.manifest is None:
-                work.folder.create(identity, given_plan.describe(), provenance)
-            check_block(given_plan, work.folder.plan)
+
+        def plan_for(stored: Mapping[str, Any] | None, loss0: float) -> Plan:
+            nonlocal trouble
+            _thresholds(threshold, increase, loss0, objective.epsilon)
+            found, chosen = given_plan, chosen_backend
+            if found is None and stored is not None:
+                found, chosen = plan_of_folder(
+                    stored, layout, engine=engine, backend=backend, lanes=lane_count
+                )
+            if found is None:
+                found, trouble = choose_plan(
+                    engine,
+                    objective,
+                    layout,
+                    ray_scale,
+                    chosen,
+                    lanes=lane_count,
+                    block=_BLOCK if stored is None else stored["block"],
+                    radius=0.1 * start,
+                    rays=count,
+                )
+                if noise == "rowspace":
+                    found = replace(found, cached=True)
+            return found
+
+        versions = _versions(layout)
+        loss0, chosen_plan = agree(work, checkpoint, identity, loss0, plan_for, versions)
+        chosen_backend = _backend.select(chosen_plan.backend)
+        thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
+        work.threads = chosen_plan.threads
+        torch.set_num_threads(chosen_plan.threads)
         config = {
             "layout": layout.describe(),
             "point_sha256": digest(theta, scale),
@@ -328,20 +337,28 @@ def estimate(  # type: ignore[misc]
             replicates=repeats,
             rtol=tolerance,
             first_crossing=first_crossing,
-            plan=given_plan,
+            plan=chosen_plan,
             backend=chosen_backend,
-            config=config,
-            provenance=provenance,
-            progress=progress,
-            callbacks=calls,
+            config=work.told(lambda: config),
+            provenance={
+                **versions,
+                **_how(chosen_plan, trouble),
+                "processes": 1 if work.team is None else work.team.size,
+                "devices": [str(each) for each in devices],
+            },
+            progress=progress and work.leads,
+            callbacks=calls if work.leads else (),
             began=began,
             work=work,
         )
+        if len(devices) > 1:
+            others = elsewhere(problem, devices[1:], loss_fn, data, parameters)
+            problem = replace(problem, elsewhere=others)
         results = within_memory(run_method, problem)
     return results[0] if single else results
 
 
-def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dict[str, Any]:
+def _versions(layout: ParameterLayout) -> dict[str, Any]:
     return {
         "fastvol": __version__,
         "torch": torch.__version__,
@@ -349,6 +366,11 @@ def _provenance(plan: Plan, layout: ParameterLayout, trouble: str | None) -> dic
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(layout.device),
+    }
+
+
+def _how(plan: Plan, trouble: str | None) -> dict[str, Any]:
+    return {
         "engine": plan.engine,
         "engine_reason": plan.reason,
         "backend": plan.backend,
@@ -420,17 +442,3 @@ def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:
         if not callable(callback):
             raise TypeError(f"callbacks must be callable, got {type(callback).__name__}")
     return result
-
-
-def _check_device(device: Any, own: torch.device) -> None:
-    if device is None:
-        return
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device {device!r} is not a device: {error}") from error
-    if wanted.type != own.type or wanted.index not in (None, own.index or 0):
-        raise ValueError(
-            f"device is {wanted} but the model stands on {own}; move it there first, with its "
-            f"data: model.to({str(wanted)!r})"
-        )

@@ -28,7 +28,9 @@ def within_memory(run: Callable[[Problem], Results], problem: Problem) -> Result
         try:
             return run(problem)
         except Exception as error:
-            if isinstance(error, MemoryRanOutError) or not ran_out(error):
+            # Other processes would not know that this one begins again.
+            alone = problem.work.team is None
+            if isinstance(error, MemoryRanOutError) or not ran_out(error) or not alone:
                 raise
             plan = with_fewer_lanes(problem.plan, error, problem.work.kept_in)
         problem = replace(problem, plan=plan)

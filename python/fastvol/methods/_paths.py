@@ -261,6 +261,8 @@ def run_paths(
                 f"{name}=True is for independent rays (method='radial' or 'preconditioned'); the "
                 f"chains of method={method!r} cannot have it"
             )
+    if problem.elsewhere:
+        remarks = [*remarks, "chains run on one device of a process"]
     began = time.perf_counter()
     work, place = problem.work, chains_place(problem, lab.threshold)
     total_runs = 1 + problem.replicates

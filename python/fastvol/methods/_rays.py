@@ -225,7 +225,7 @@ def run_threshold(
         try:
             n_loss += _audit(problem, work, searchers, rays, search_loss, threshold)
         except KeyboardInterrupt:
-            if before is None:
+            if before is None or work.team is not None:
                 raise
             work.interrupted = True
             rays = before
@@ -323,7 +323,8 @@ def _search(
                 )
     except KeyboardInterrupt:
         whole = len(done) if done.all() else int(np.argmin(done))
-        if work.on_interrupt != "return" or not whole:
+        # A process that goes its own way would leave the others waiting.
+        if work.on_interrupt != "return" or not whole or work.team is not None:
             raise
         work.interrupted = True
         pieces.close()
