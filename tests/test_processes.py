@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
     expected = {
         "alone": calls.rays(),
         "kept": calls.rays(),
-        "law": calls.rays(method="preconditioned", preconditioner="auto"),
+        "law": calls.rays(method="preconditioned", preconditioner="hessian"),
         "chains": calls.chains(),
     }
     for name, result in expected.items():
@@ -102,27 +103,28 @@ def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
             assert words in told["error"]
     # Another number of processes goes on with what four have done.
     kept = Contents.of(tmp_path / "run")
-    assert kept.thresholds[0].directions == 330
+    assert kept.thresholds[0].directions == 200
     assert not kept.damaged
-    more = calls.rays(checkpoint=tmp_path / "run", n=400)
-    assert plain(more) == plain(calls.rays(n=400))
+    more = calls.rays(checkpoint=tmp_path / "run", n=260)
+    assert plain(more) == plain(calls.rays(n=260))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_death_ends_all_and_costs_nothing(victim: int, tmp_path: Path) -> None:
-    processes = started(3, tmp_path, [f"rank {victim} 3000"])
-    began = time.monotonic()
+    processes = started(3, tmp_path, [f"rank {victim} 700"])
+    processes[victim].wait(120)
+    died = time.monotonic()
     outputs = finished(processes)
-    assert time.monotonic() - began < 55
+    assert time.monotonic() - died < 55
     codes = [process.returncode for process in processes]
     assert codes[victim] == -signal.SIGKILL
     assert all(code != 0 for code in codes), outputs
     others = "".join(text for rank, text in enumerate(outputs) if rank != victim)
     assert "the same call continues" in others
     kept = Contents.of(tmp_path / "run").thresholds[0]
-    assert kept.blocks > 10
+    assert kept.blocks > 3
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("0*.safetensors")}
-    n = 16 * (kept.blocks + 20)
+    n = 16 * (kept.blocks + 5)
     resumed = calls.rays(checkpoint=tmp_path / "run", n=n)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     if victim:
@@ -210,6 +212,11 @@ class Crew:
         return self.results
 
 
+def claims(team: Team, job: str) -> Iterator[int]:
+    while True:
+        yield team.claim(job)
+
+
 def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_processes, "_CHUNK", 1000)
     messages = [b"", b"x", bytes(999), bytes(range(250)) * 4, np.arange(5000.0).tobytes()]
@@ -222,9 +229,7 @@ def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> N
             else:
                 heard.append(team.receive())
         job = team.job()
-        claimed = [number for number in iter(lambda: team.claim(job), 50) if number < 50]
-        while claimed and team.claim(job) < 50:
-            pass
+        claimed = list(itertools.takewhile(lambda number: number < 50, claims(team, job)))
         if team.leads:
             sent = []
             while len(sent) < team.size - 1:

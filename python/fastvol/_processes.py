@@ -69,21 +69,21 @@ class Team:
     def fail(self, why: str) -> None:
         """Tells the others that this process ends."""
         # The store may have gone first.
-        with contextlib.suppress(Exception), self._lock:
+        with contextlib.suppress(Exception), self._line():
             if not self._store.check(["failed"]):
                 self._store.set("failed", f"rank {self.rank}: {why}")
 
     def publish(self, data: bytes) -> None:
         """Rank 0 tells all others."""
         name = self._next_message()
-        with self._lock:
+        with self._line():
             self._put(name, data)
 
     def receive(self) -> bytes:
         """What rank 0 told, on any other rank."""
         name = self._next_message()
         self._wait(name)
-        with self._lock:
+        with self._line():
             data = self._get(name)
             if self._store.add(f"{name}/read", 1) == self.size - 1:
                 self._delete(name)
@@ -97,18 +97,18 @@ class Team:
     def claim(self, job: str) -> int:
         """The next number of a job, from 0, that nobody has claimed."""
         self.check()
-        with self._lock:
+        with self._line():
             return int(self._store.add(f"{job}/next", 1)) - 1
 
     def send(self, job: str, number: int, data: bytes) -> None:
         """Gives rank 0 what a piece of work gave."""
-        with self._lock:
+        with self._line():
             self._put(f"{job}/{number}", data)
 
     def collect(self, job: str, number: int) -> bytes | None:
         """What another rank has given for a number, once, on rank 0; ``None`` if not yet."""
         name = f"{job}/{number}"
-        with self._lock:
+        with self._line():
             if not self._store.check([name]):
                 return None
             data = self._get(name)
@@ -131,7 +131,7 @@ class Team:
                 if not self._trouble:
                     self.fail(f"{type(failure).__name__}: {failure}")
                 return
-            with self._lock:
+            with self._line():
                 self._store.set(f"done/{self.rank}", "")
             if self.leads:
                 for rank in range(1, self.size):
@@ -164,11 +164,20 @@ class Team:
     def _wait(self, name: str) -> None:
         times = 0
         while True:
-            with self._lock:
+            with self._line():
                 if self._store.check([name]):
                     return
             self.pause(times)
             times += 1
+
+    @contextlib.contextmanager
+    def _line(self) -> Iterator[None]:
+        """The store, for one thread at a time."""
+        with self._lock:
+            try:
+                yield
+            except RuntimeError as error:
+                raise FastvolError(self._trouble or _gone(error)) from error
 
     def _roll_call(self) -> None:
         """Waits until every process has made the call."""
@@ -212,11 +221,7 @@ class Team:
                             return
             except Exception as error:
                 if not self._closing.is_set():
-                    self._trouble = (
-                        f"the store of the process group is gone, and with it the process that "
-                        f"kept it ({str(error).splitlines()[0] if str(error) else error!r}). With "
-                        "checkpoint= the same call continues"
-                    )
+                    self._trouble = _gone(error)
                 return
 
 
@@ -274,6 +279,14 @@ def _prepared() -> bool:
         return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
     except ValueError:
         return False
+
+
+def _gone(error: Exception) -> str:
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        "the store of the process group is gone, and with it the process that kept it "
+        f"({told}). With checkpoint= the same call continues"
+    )
 
 
 def _text(data: Any) -> str:
