@@ -13,6 +13,7 @@ from ..record import RESULTS, record
 from . import (
     coverage,
     gaussian_quadratic,
+    interrupted,
     invariance,
     known_answers,
     path_coverage,
@@ -35,6 +36,7 @@ PROOFS = {
     "path_coverage": path_coverage.run,
     "trained": trained.run,
     "prior": prior.run,
+    "interrupted": interrupted.run,
 }
 
 

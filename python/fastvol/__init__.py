@@ -16,7 +16,7 @@ from ._problem import Progress
 from ._profile import Profile
 from ._symmetry import SymmetryLogCount, symmetry_log_count
 from ._version import __version__
-from .errors import FastvolError, FastvolWarning, NotAvailableError
+from .errors import FastvolError, FastvolWarning, Interrupted, NotAvailableError
 from .measures import Gaussian, Lebesgue
 from .metrics import FilterMetric
 from .result import VolumeEstimate
@@ -29,6 +29,7 @@ __all__ = [
     "FastvolWarning",
     "FilterMetric",
     "Gaussian",
+    "Interrupted",
     "Lebesgue",
     "NotAvailableError",
     "PathEstimate",

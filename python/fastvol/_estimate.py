@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -14,14 +15,23 @@ from torch import nn
 
 from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
+from ._devices import elsewhere, read_devices
+from ._interrupts import interruptible
 from ._layout import ParameterLayout, ParameterSelector
+from ._memory import within_memory
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
+from ._processes import team
+from ._resuming import agree, plan_of_folder
 from ._running import Threads, quiet_vmap, read_plan
 from ._scale import Scale
 from ._sharding import reshard
 from ._state import preserved, unwrap
 from ._version import __version__
+from ._work import Work
+from .checkpoints import Folder, identify
+from .checkpoints.folder import folder_path
+from .checkpoints.identity import digest_model, digest_value
 from .engines import Plan, choose_plan, plan_in_place, reason_to_write
 from .errors import NotAvailableError
 from .measures import Gaussian, Lebesgue
@@ -83,7 +93,7 @@ def estimate(  # type: ignore[misc]
     first_crossing: bool = False,
     engine: str = "auto",
     backend: str = "auto",
-    device: torch.device | str | None = None,
+    device: Any = None,
     lanes: int | Literal["auto"] = "auto",
     plan: Mapping[str, Any] | None = None,
     checkpoint: Any = None,
@@ -164,10 +174,19 @@ def estimate(  # type: ignore[misc]
         backend: who runs the loop and makes the noise: ``"cpp"``, ``"torch"``, or ``"triton"`` on a
             GPU. ``"auto"`` takes the best that can be had; ``provenance["fell_back"]`` says what
             could not.
-        device: must be the model's own, if given.
+        device: the model's own, if given; for independent rays also a sequence of devices of its
+            kind, the model's among them, or ``"all"``: a copy of the model works on each.
         lanes: rays in flight; measured by default.
         plan: ``result.plan`` of an earlier run, for a bitwise repeat on the same machine.
-        checkpoint, on_interrupt: not part of this version beyond ``None`` and ``"raise"``.
+        checkpoint: a folder that keeps what is done, made if it is missing: the same call
+            continues there, with a larger n as well (n means total), on as many processes as there
+            are. It is carried out as the folder says, bit for bit the same, unless ``plan``,
+            ``engine``, ``backend`` or ``lanes`` ask for something else: then radii agree within
+            ``rtol``. Chains go on from their last level; with another n they are other runs. A
+            folder of another model, loss, data, metric or seed is refused.
+        on_interrupt: ``"return"`` gives, after Ctrl-C or SIGTERM, the estimate from the directions
+            settled so far, with a warning; ``"raise"`` an :class:`Interrupted`. Chains have no
+            partial estimate, and raise.
         progress: show a progress bar on a terminal.
         callbacks: each is called with a :class:`Progress` after every block of directions of
             independent rays: 1,024 of them, on a GPU 8,192.
@@ -180,7 +199,8 @@ def estimate(  # type: ignore[misc]
         TypeError, ValueError: an argument, named in the message, is not usable: also a loss at θ*
             that is not finite, exceeds the threshold, or differs between two calls.
         FastvolError: the loss raised, or an argument is of a later version
-            (:class:`NotAvailableError`).
+            (:class:`NotAvailableError`), or ``checkpoint`` belongs to another run.
+        Interrupted: Ctrl-C or SIGTERM came; it is a KeyboardInterrupt, and says what is kept.
 
     Example:
         >>> import torch, fastvol
@@ -196,7 +216,9 @@ def estimate(  # type: ignore[misc]
     if _check_noise(noise, method, engine) == "rowspace":
         run_method, engine = methods.get("radial"), "layered"
     _check_preconditioner(preconditioner)
-    _refuse_later(checkpoint, on_interrupt)
+    work = Work(on_interrupt=_check_on_interrupt(on_interrupt))
+    if checkpoint is not None:
+        folder_path(checkpoint)
     engines.check_name(string(engine, "engine"))
     _backend.select(string(backend, "backend"))
     count = whole(n, "n", least=1, below=2**63)
@@ -225,7 +247,7 @@ def estimate(  # type: ignore[misc]
     layout = ParameterLayout(inner, parameters)
     if layout.size > 2**34:
         raise ValueError("model moves more than 2^34 coordinates, the range of the noise's counter")
-    _check_device(device, layout.device)
+    devices = read_devices(device, layout.device)
     chosen_backend = _backend.select(backend, layout.device)
     scale, metric_name = metric_scale(metric, layout, used=isinstance(measure, Lebesgue))
     ray_scale = Scale.given(layout, measure.std, "std") if isinstance(measure, Gaussian) else scale
@@ -237,39 +259,100 @@ def estimate(  # type: ignore[misc]
             f"method={method!r} keeps directions, which no process has whole of a sharded module; "
             "use method='radial'"
         )
+    if layout.is_sharded and checkpoint is not None:
+        raise NotAvailableError(
+            "checkpoint= keeps blocks that one process can make, which none can of a sharded module"
+        )
+    if writing and len(devices) > 1:
+        raise NotAvailableError(
+            f"device names several, but the in-place engine is used ({writing}), which works with "
+            "the model itself; use one process a device, with torchrun"
+        )
 
-    with preserved(inner, layout), Threads(given_plan), quiet_vmap():
+    with (
+        interruptible(work),
+        nullcontext() if layout.is_sharded else team() as work.team,
+        preserved(inner, layout),
+        Threads(given_plan),
+        quiet_vmap(),
+    ):
+        shared = checkpoint is not None or work.team is not None
+        model_digest = digest_model(inner) if shared else {}
+        if checkpoint is not None and work.leads:
+            work.folder = Folder(checkpoint)
         objective = Objective(inner, loss_fn, data, layout.device, layout.group)
         if writing:
             layout.keep()
         loss0 = objective.prepare(None if writing else layout.unflatten(layout.flatten(), PREFIX))
-        thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
-        trouble = None
-        if given_plan is None and writing is not None:
-            given_plan = plan_in_place(
+        asked = {
+            "metric": metric_name,
+            "measure": measure.describe(),
+            "method": method,
+            "preconditioner": digest_value(preconditioner),
+            "rtol": "auto" if tolerance is None else tolerance,
+            "seed": seed,
+            "replicates": repeats,
+            "antithetic": paired,
+            "noise": noise,
+            "first_crossing": first_crossing,
+        }
+        identity = None
+        if shared:
+            identity = identify(
                 objective,
                 layout,
                 chosen_backend,
-                lanes=lane_count,
-                block=_BLOCK,
-                rays=count,
-                reason=writing,
-            )
-        elif given_plan is None:
-            given_plan, trouble = choose_plan(
-                engine,
-                objective,
-                layout,
-                ray_scale,
-                chosen_backend,
-                lanes=lane_count,
-                block=_BLOCK if layout.device.type == "cpu" else _DEVICE_BLOCK,
+                model=model_digest,
+                loss0=loss0,
+                scale=None if writing else ray_scale.flat,
                 radius=0.1 * start,
-                rays=count,
+                asked=asked,
             )
-            if noise == "rowspace":
-                given_plan = replace(given_plan, cached=True)
-            torch.set_num_threads(given_plan.threads)
+        trouble = None
+
+        def plan_for(stored: Mapping[str, Any] | None, loss0: float) -> Plan:
+            nonlocal trouble
+            _thresholds(threshold, increase, loss0, objective.epsilon)
+            found, chosen = given_plan, chosen_backend
+            block = _BLOCK if layout.device.type == "cpu" else _DEVICE_BLOCK
+            if stored is not None:
+                block = stored["block"]
+                if found is None:
+                    found, chosen = plan_of_folder(
+                        stored, layout, engine=engine, backend=backend, lanes=lane_count
+                    )
+            if found is None and writing is not None:
+                found = plan_in_place(
+                    objective,
+                    layout,
+                    chosen,
+                    lanes=lane_count,
+                    block=block,
+                    rays=count,
+                    reason=writing,
+                )
+            elif found is None:
+                found, trouble = choose_plan(
+                    engine,
+                    objective,
+                    layout,
+                    ray_scale,
+                    chosen,
+                    lanes=lane_count,
+                    block=block,
+                    radius=0.1 * start,
+                    rays=count,
+                )
+                if noise == "rowspace":
+                    found = replace(found, cached=True)
+            return found
+
+        versions = _versions(layout)
+        loss0, chosen_plan = agree(work, checkpoint, identity, loss0, plan_for, versions)
+        chosen_backend = _backend.select(chosen_plan.backend, layout.device)
+        thresholds, single = _thresholds(threshold, increase, loss0, objective.epsilon)
+        work.threads = chosen_plan.threads
+        torch.set_num_threads(chosen_plan.threads)
         config = {
             "layout": layout.describe(),
             "point_sha256": scale.digest(),
@@ -300,24 +383,28 @@ def estimate(  # type: ignore[misc]
             replicates=repeats,
             rtol=tolerance,
             first_crossing=first_crossing,
-            plan=given_plan,
+            plan=chosen_plan,
             backend=chosen_backend,
-            config=config,
-            provenance=_provenance(given_plan, layout, chosen_backend, trouble),
-            progress=progress,
-            callbacks=calls,
+            config=work.told(lambda: config),
+            provenance={
+                **versions,
+                **_how(chosen_plan, chosen_backend, trouble),
+                "processes": 1 if work.team is None else work.team.size,
+                "devices": [str(each) for each in devices],
+            },
+            progress=progress and work.leads,
+            callbacks=calls if work.leads else (),
             began=began,
+            work=work,
         )
-        results = run_method(problem)
+        if len(devices) > 1:
+            others = elsewhere(problem, devices[1:], loss_fn, data, parameters)
+            problem = replace(problem, elsewhere=others)
+        results = within_memory(run_method, problem)
     return results[0] if single else results
 
 
-def _provenance(
-    plan: Plan, layout: ParameterLayout, backend: _backend.Backend, trouble: str | None
-) -> dict[str, Any]:
-    fell_back = (
-        [*backend.fell_back] if trouble is None else [*backend.fell_back, f"vmap: {trouble}"]
-    )
+def _versions(layout: ParameterLayout) -> dict[str, Any]:
     return {
         "fastvol": __version__,
         "torch": torch.__version__,
@@ -325,6 +412,14 @@ def _provenance(
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(layout.device),
+    }
+
+
+def _how(plan: Plan, backend: _backend.Backend, trouble: str | None) -> dict[str, Any]:
+    fell_back = [*backend.fell_back]
+    if trouble is not None:
+        fell_back.append(f"vmap: {trouble}")
+    return {
         "engine": plan.engine,
         "engine_reason": plan.reason,
         "backend": plan.backend,
@@ -382,15 +477,10 @@ def _check_noise(noise: Any, method: str, engine: Any) -> str:
     return str(noise)
 
 
-def _refuse_later(checkpoint: Any, on_interrupt: Any) -> None:
-    if checkpoint is not None:
-        raise NotAvailableError(
-            "checkpoint= is not part of this version; save the result with result.save(path)"
-        )
-    if string(on_interrupt, "on_interrupt") == "return":
-        raise NotAvailableError("on_interrupt='return' is not part of this version")
-    if on_interrupt != "raise":
+def _check_on_interrupt(on_interrupt: Any) -> str:
+    if string(on_interrupt, "on_interrupt") not in ("raise", "return"):
         raise ValueError(f"on_interrupt must be 'raise' or 'return', got {on_interrupt!r}")
+    return str(on_interrupt)
 
 
 def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:
@@ -401,17 +491,3 @@ def _callables(callbacks: Any) -> tuple[Callable[[Progress], Any], ...]:
         if not callable(callback):
             raise TypeError(f"callbacks must be callable, got {type(callback).__name__}")
     return result
-
-
-def _check_device(device: Any, own: torch.device) -> None:
-    if device is None:
-        return
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device {device!r} is not a device: {error}") from error
-    if wanted.type != own.type or wanted.index not in (None, own.index or 0):
-        raise ValueError(
-            f"device is {wanted} but the model stands on {own}; move it there first, with its "
-            f"data: model.to({str(wanted)!r})"
-        )

@@ -131,6 +131,16 @@ class Objective:
         self._refuse_unordered(data)
 
     @property
+    def loss_fn(self) -> Callable[..., Any]:
+        """The caller's loss."""
+        return self._loss_fn
+
+    @property
+    def has_own_targets(self) -> bool:
+        """Whether the targets are the model's own outputs at θ*."""
+        return self._reference_targets is not None
+
+    @property
     def in_memory(self) -> bool:
         """Whether the batches are held, rather than read anew for every evaluation."""
         return self._batches is not None

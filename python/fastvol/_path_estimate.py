@@ -39,7 +39,7 @@ from .result import (
     write_result,
 )
 from .sampling.bridge import Bridge, Mean
-from .sampling.field import Level, log_weight
+from .sampling.field import log_weight
 from .sampling.tempering import Run
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ _STRETCH = 1e-4
 _EVEN = 0.01
 _UNBOUNDED_SHARE = 1e-3
 _MOST_REENTRANT = 0.9
-_RUN_ARRAYS = ("level", "cluster", "log_radii", "shift", "log_offset", "status")
 
 
 @dataclass(frozen=True)
@@ -405,9 +404,9 @@ class PathEstimate(VolumeEstimate):
         """Writes one safetensors file; see :meth:`VolumeEstimate.save`."""
         runs = [*self._runs] + ([] if self._short is None else [self._short])
         arrays = {
-            f"{index}.{name}": getattr(run, name)
+            f"{index}.{name}": column
             for index, run in enumerate(runs)
-            for name in _RUN_ARRAYS
+            for name, column in run.columns().items()
         }
         header = {
             "format_version": FORMAT_VERSION,
@@ -426,7 +425,7 @@ class PathEstimate(VolumeEstimate):
             "seconds": self.seconds,
             "log_constant_error": self._log_constant_error,
             "n_main": len(self._runs),
-            "runs": [_describe_run(run) for run in runs],
+            "runs": [run.describe() for run in runs],
         }
         return write_result(path, arrays, header, self.measure)
 
@@ -684,33 +683,17 @@ def _unbounded_share(
     return max(shares)
 
 
-def _describe_run(run: Run) -> dict[str, Any]:
-    return {
-        "levels": [[level.beta, level.log_scale] for level in run.levels],
-        "log_increments": run.log_increments,
-        "reports": run.reports,
-        "finished": run.finished,
-        "stopped": run.stopped,
-        "log_constant": run.log_constant,
-        "chains": run.chains,
-        "length": run.length,
-        "n_loss": run.n_loss,
-        "n_grad": run.n_grad,
-    }
-
-
 def load_paths(
     header: Mapping[str, Any], arrays: Mapping[str, Any], measure: Lebesgue | Gaussian
 ) -> PathEstimate:
     """The estimate that :meth:`PathEstimate.save` wrote."""
     runs = []
     for index, told in enumerate(header["runs"]):
-        description = dict(told)
-        description["levels"] = [Level(*pair) for pair in description["levels"]]
-        columns = {name: arrays[f"{index}.{name}"] for name in _RUN_ARRAYS}
-        if len({len(column) for column in columns.values()}) != 1:
-            raise ValueError("the arrays of a run differ in length")
-        runs.append(Run(**description, **columns))
+        start = f"{index}."
+        columns = {
+            name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)
+        }
+        runs.append(Run.rebuilt(told, columns))
     main = header["n_main"]
     kept = ("config", "plan", "provenance", "n_loss", "n_grad", "seconds", "dim")
     return assemble_paths(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,12 @@ from ._backend import Backend
 from ._layout import ParameterLayout
 from ._objective import Objective
 from ._scale import Scale
+from ._work import Work
 from .engines import Engine, Plan, open_engine
+from .errors import FastvolWarning
 from .measures import Gaussian, Lebesgue
+
+Result = TypeVar("Result")
 
 # A method that keeps directions keeps at least so many; up to this size together they are held.
 _FEW_DIRECTIONS, _DIRECTIONS_BYTES = 32, 1 << 30
@@ -81,6 +86,8 @@ class Problem:
         progress: whether to show a progress bar.
         callbacks: called with a :class:`Progress` after each block.
         began: ``time.perf_counter()`` at the start of the call.
+        work: where the pieces of the run come from and go to.
+        elsewhere: the same problem on further devices, for independent rays.
     """
 
     objective: Objective
@@ -106,6 +113,28 @@ class Problem:
     progress: bool
     callbacks: Sequence[Callable[[Progress], Any]]
     began: float
+    work: Work = field(default_factory=Work)
+    elsewhere: tuple[Problem, ...] = ()
+
+    def over_thresholds(self, one: Callable[[float], Result]) -> list[Result]:
+        """One result per threshold; after an interrupt those up to the one it came in."""
+        results: list[Result] = []
+        for threshold in self.thresholds:
+            try:
+                results.append(one(threshold))
+            except KeyboardInterrupt:
+                if self.work.on_interrupt != "return" or not results or self.work.team is not None:
+                    raise
+                self.work.interrupted = True
+            if self.work.interrupted:
+                break
+        if len(results) < len(self.thresholds):
+            warnings.warn(
+                f"interrupted: {len(results)} of {len(self.thresholds)} thresholds have a result",
+                FastvolWarning,
+                stacklevel=4,
+            )
+        return results
 
     @cached_property
     def dim(self) -> int:

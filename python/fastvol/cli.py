@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
-    except KeyboardInterrupt:
-        print("fastvol: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"fastvol: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except (FastvolError, ValueError, OSError) as error:
         print(f"fastvol: {' '.join(str(error).split())}", file=sys.stderr)
@@ -99,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path, metavar="FILE")
     show.add_argument("--json", action="store_true", help="as JSON, without the single radii")
     show.set_defaults(run=_show)
+
+    info = commands.add_parser(
+        "info",
+        help="say what a checkpoint folder holds",
+        description=(
+            "Says what run a folder of estimate(checkpoint=...) belongs to and how much of it is "
+            "done, and names damaged files. To continue, make the same call again."
+        ),
+    )
+    info.add_argument("folder", type=Path, metavar="DIR")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
     return parser
 
 
@@ -141,6 +153,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
     result = VolumeEstimate.load(arguments.file)
     print(_to_json(_estimate_record(result)) if arguments.json else result.summary())
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from .checkpoints.inspection import Contents
+
+    contents = Contents.of(arguments.folder)
+    print(_to_json(contents.describe()) if arguments.json else contents.summary())
 
 
 def _estimate_record(result: VolumeEstimate) -> dict[str, Any]:

@@ -13,3 +13,20 @@ class NotAvailableError(FastvolError, NotImplementedError):
 
 class FastvolWarning(UserWarning):
     """The run goes on, but not in the way, or with the trust, that the caller may expect."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during a run: the message says how much is done, and where it lies.
+
+    ``except KeyboardInterrupt`` catches it.
+
+    Attributes:
+        n_done, n: directions settled, and asked for, at the threshold that was being worked on.
+        checkpoint: the folder that holds them, or ``None``.
+    """
+
+    def __init__(self, message: str, n_done: int = 0, n: int = 0, checkpoint: str | None = None):
+        super().__init__(message)
+        self.n_done = n_done
+        self.n = n
+        self.checkpoint = checkpoint

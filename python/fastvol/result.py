@@ -104,6 +104,11 @@ class Rays:
         weights, constant = log_weights(measure, dim, self.log_radii[chosen], self.shift[chosen])
         return weights + self.log_offset[chosen], constant
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Rays:
+        """Some of the directions, copied."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _RAY_ARRAYS}
+        return Rays(**arrays)
+
     @classmethod
     def join(cls, a: Rays, b: Rays) -> Rays:
         """The directions of ``a``, then those of ``b``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .._problem import Problem
 from ..result import Rays
-from ._search import SCAN_POINTS, Pilot, RayLoss, scan
+from ._search import SCAN_POINTS
 
 Float = npt.NDArray[np.float64]
 
@@ -22,14 +23,17 @@ _CHECKED_OF = 16
 _AUDIT_COST = 0.10
 
 
-def audit(
-    problem: Problem,
-    loss: RayLoss,
-    pilot: Pilot,
-    threshold: float,
-    rays: Rays,
-    search_loss: int,
-) -> None:
+class Scans(Protocol):
+    """Scans rays and corrects their radii."""
+
+    n_loss: int
+
+    def __call__(self, ids: npt.NDArray[np.int64]) -> None:
+        """The rays ``ids``, ascending."""
+        ...
+
+
+def audit(problem: Problem, scans: Scans, rays: Rays, search_loss: int) -> None:
     """Scans the rays that carry the weight, and a random few, for an earlier crossing.
 
     Always the 64 largest (of fewer than 1,024 rays a sixteenth, at least 8), as many at random, and
@@ -45,11 +49,10 @@ def audit(
     spot_checks = min(n, max(least, affordable))
     sample = np.sort(generator.choice(n, size=spot_checks, replace=False))
     before = _weights(problem, rays)
-    for ids in np.array_split(sample, max(1, len(sample) // problem.plan.block)):
-        scan(problem, loss, pilot, threshold, rays, ids)
+    scans(sample)
     rays.sampled[sample] = True
 
-    budget = loss.n_loss + int(_AUDIT_COST * search_loss)
+    budget = scans.n_loss + int(_AUDIT_COST * search_loss)
     while True:
         weights = _weights(problem, rays)
         order = np.argsort(-weights, kind="stable")
@@ -66,16 +69,15 @@ def audit(
         must |= share > _LEADER_SHARE_TIMES_N / n
         todo = order[must & ~rays.audited[order]]
         if not len(todo):
-            if loss.n_loss >= budget:
+            if scans.n_loss >= budget:
                 break
             heavy = np.concatenate([[True], np.cumsum(share)[:-1] < _LEADING_WEIGHT])
             todo = order[heavy & ~rays.audited[order]]
-            room = max(1, (budget - loss.n_loss) // (SCAN_POINTS + 1))
+            room = max(1, (budget - scans.n_loss) // (SCAN_POINTS + 1))
             todo = todo[:room]
             if not len(todo):
                 break
-        for ids in np.array_split(todo, -(-len(todo) // problem.plan.block)):
-            scan(problem, loss, pilot, threshold, rays, np.sort(ids))
+        scans(np.sort(todo))
 
     # What the unaudited rays carry too much, by the change that the random ones showed.
     after = _weights(problem, rays)

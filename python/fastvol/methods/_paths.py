@@ -17,12 +17,16 @@ import torch
 from .._path_estimate import PathEstimate, assemble_paths, final_log_scale
 from .._problem import Problem, Progress
 from .._proposal import Proposal
+from ..checkpoints.files import Piece
 from ..engines import Engine
 from ..result import Rays
 from ..sampling.field import Level, RayField, log_weight
 from ..sampling.learning import learn
 from ..sampling.moves import Move
-from ..sampling.tempering import Path, Run, generator_on, temper
+from ..sampling.snapshots import level_from_piece, level_to_piece, run_from_piece, run_to_piece
+from ..sampling.tempering import Ancestors, Path, Run, generator_on, temper
+from ._decisions import Decision, chains_place
+from ._screen import with_screen
 from ._search import Pilot, RayLoss, make_pilot, pilot_source
 
 Float = npt.NDArray[np.float64]
@@ -111,6 +115,11 @@ class Laboratory:
             self._kept.append(law)
         return self.pilots[key]
 
+    def know(self, law: Proposal | None, pilot: Pilot) -> None:
+        """Takes a pilot that has been made before."""
+        self.pilots[id(law)] = pilot, Rays.empty(0)
+        self._kept.append(law)
+
     def bound(self, law: Proposal | None) -> float:
         """What the pilot of a law expects of the log mean at the least, nats."""
         constant = 0.0 if law is None else law.log_constant
@@ -132,12 +141,13 @@ class Laboratory:
         """A law learned from the boundary, if that pays and can be paid for."""
         if self.no_gradients or (law is not None and law.offset is not None):
             return law
-        limit = self.budget.spent + _LEARNING_SHARE * self.budget.total
+        before = self.budget.spent
+        limit = _LEARNING_SHARE * self.budget.total
         return learn(
             lambda candidate: self.open(candidate, chains),
             lambda candidate: (self.bound(candidate), self.pilot(candidate)[0].log_weight_sd),
             law,
-            affordable=lambda count: self.budget.spent + _RAY_PRICE * count < limit,
+            affordable=lambda count: self.budget.spent - before + _RAY_PRICE * count < limit,
             charge=lambda rays: self.budget.add(rays.n_loss, rays.n_grad),
             stream=_LEARNING_STREAM + stream,
         )
@@ -158,6 +168,58 @@ def laboratory(
     lab = Laboratory(problem, engine, threshold, Budget(total, n_loss=source.n_loss))
     if pilot is not None:
         lab.pilots[id(None)] = pilot
+    return lab
+
+
+def decision_for_rays(
+    lab: Laboratory, method: str, law: Proposal | None, notes: tuple[str, ...]
+) -> Decision:
+    """The decision for independent rays, at what the laboratory has spent."""
+    pilot = lab.pilot(law)[0]
+    budget, said = lab.budget, (*lab.remarks, *notes)
+    decision = Decision(method, law, pilot, budget.n_loss, budget.n_grad, said)
+    return with_screen(lab.problem, lab.engine, lab.threshold, decision)
+
+
+def decision_for_chains(
+    lab: Laboratory,
+    method: str,
+    law: Proposal | None,
+    notes: tuple[str, ...],
+    start: Proposal | None = None,
+) -> Decision:
+    """The decision for chains, at what the laboratory has spent.
+
+    Args:
+        lab: problem and budget. method: its name.
+        law: of the first main run. start: that it was learned from.
+        notes: further warnings.
+    """
+    pilot, trouble = lab.pilot(law)[0], lab.no_gradients
+    return Decision(
+        method,
+        law,
+        pilot,
+        start=start,
+        start_pilot=lab.pilot(start)[0],
+        n_loss=lab.budget.n_loss,
+        n_grad=lab.budget.n_grad,
+        notes=(*lab.remarks, *notes),
+        total=lab.budget.total,
+        trouble=trouble,
+    )
+
+
+def laboratory_of(
+    problem: Problem, engine: Engine, threshold: float, decision: Decision
+) -> Laboratory:
+    """The laboratory as it stood when a decision for chains was made."""
+    budget = Budget(decision.total, decision.n_loss, decision.n_grad)
+    lab = Laboratory(problem, engine, threshold, budget)
+    lab.know(decision.law, decision.pilot)
+    if decision.start_pilot is not None:
+        lab.know(decision.start, decision.start_pilot)
+    lab.__dict__["no_gradients"] = decision.trouble
     return lab
 
 
@@ -201,17 +263,29 @@ def run_paths(
                 f"{name}=True is for independent rays (method='radial' or 'preconditioned'); the "
                 f"chains of method={method!r} cannot have it"
             )
+    if problem.elsewhere:
+        remarks = [*remarks, "chains run on one device of a process"]
     began = time.perf_counter()
-    rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, 17])
-    chains, _ = chains_for(problem, _CHAINS * _SHORT_LENGTH)
+    work, place = problem.work, chains_place(problem, lab.threshold)
+    total_runs = 1 + problem.replicates
+    work.note(0, total_runs, "runs of chains")
 
     def one(law: Proposal | None, chains: int, length: int, stream: int, most: float) -> Run:
+        """A run; it goes on from the last level of which something is kept."""
         rays = lab.open(law, chains)
-        move = make_move(generator_on(problem.layout.device, rng), rng)
+        rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, 17, stream])
+        generator = generator_on(problem.layout.device, rng)
+        move = make_move(generator, rng)
+        own = f"{place}/level-{stream:02d}"
+        kept = work.recalled(own)
+        start = None if kept is None else level_from_piece(kept, rays, move, generator, rng)
 
         def may_go_on(so_far: Run) -> bool:
             bar.set_postfix_str(f"level {len(so_far.levels)}, {_told(so_far.levels[-1])}")
             return so_far.n_loss + GRADIENT_COST * so_far.n_grad < most
+
+        def keep(ancestors: Ancestors) -> None:
+            work.snapshot(own, lambda: level_to_piece(ancestors, move, generator, rng))
 
         run = temper(
             rays,
@@ -222,13 +296,44 @@ def run_paths(
             rng=rng,
             stream=_FIRST_STREAM + stream,
             may_go_on=may_go_on,
+            keep=keep,
+            start=start,
         )
-        budget.add(rays.n_loss, rays.n_grad)
+        budget.add(run.n_loss, run.n_grad)
+        return run
+
+    def piece(index: int, make: Callable[[], tuple[Run, Proposal | None]]) -> Piece:
+        before = budget.n_loss, budget.n_grad
+        run, law = make()
+        reentrant = _reentrance(lab, law, run) if index == 0 else (0.0, 0.0)
+        spent = budget.n_loss - before[0], budget.n_grad - before[1]
+        # Whoever receives it pays.
+        budget.n_loss, budget.n_grad = before
+        return run_to_piece(
+            run,
+            law=None if law is None else law.describe(),
+            log_constant_error=0.0 if law is None else law.log_constant_error,
+            reentrant=reentrant,
+            spent=spent,
+        )
+
+    def received(made: Piece) -> Run:
+        run = run_from_piece(made)
+        budget.add(*made.info["spent"])
         bar.update(1)
         _tell(lab, run)
         return run
 
-    short = one(law, chains, _SHORT_LENGTH, 0, max(budget.left, 0.5 * budget.total))
+    def short_run(number: int, chains: int, length: int, most: float) -> Run:
+        def compute(_: int) -> Piece:
+            return piece(-1, lambda: (one(law, chains, length, number, most), law))
+
+        ((_, made),) = work.pieces(f"{place}/short-{number}", 1, [compute])
+        work.forget(f"{place}/level-{number:02d}")
+        return received(made)
+
+    chains, _ = chains_for(problem, _CHAINS * _SHORT_LENGTH)
+    short = short_run(0, chains, _SHORT_LENGTH, max(budget.left, 0.5 * budget.total))
     # The first state of a chain on a level is its ancestor's, and costs nothing.
     price = (short.n_loss + GRADIENT_COST * short.n_grad) / (short.chains * (short.length - 1))
     replicates = problem.replicates
@@ -245,15 +350,25 @@ def run_paths(
         length = max(length, _LEAST_LENGTH // 2)
     if round(_SHORT_SHARE * length) > _SHORT_LENGTH:
         # A run so much shorter would say little about this one.
-        short = one(law, chains, round(_SHORT_SHARE * length), 1, max(budget.left, 0.0))
-    runs, laws = [], [law]
-    for index in range(replicates):
-        if index:
-            laws.append(other_law(law, index))
-        share = max(budget.left, 0.0) / (replicates - index)
-        most = _RUNAWAY * max(share, price * chains * length)
-        runs.append(one(laws[-1], chains, length, 2 + index, most))
-    reentrant = _reentrance(lab, laws[0], runs[0])
+        short = short_run(1, chains, round(_SHORT_SHARE * length), max(budget.left, 0.0))
+    # The same for each run, whoever makes the others, and when.
+    share = max(budget.left, 0.0) / replicates
+    most = _RUNAWAY * max(share, price * chains * length)
+    work.note(1, total_runs, "runs of chains")
+
+    def main_run(index: int) -> Piece:
+        def make() -> tuple[Run, Proposal | None]:
+            own = other_law(law, index) if index else law
+            return one(own, chains, length, 2 + index, most), own
+
+        return piece(index, make)
+
+    pieces: list[Piece] = [Piece()] * replicates
+    runs: list[Run] = [short] * replicates
+    for count, (index, made) in enumerate(work.pieces(f"{place}/main", replicates, [main_run])):
+        pieces[index], runs[index] = made, received(made)
+        work.note(2 + count, total_runs, "runs of chains")
+        work.forget(f"{place}/level-{2 + index:02d}")
     now = time.perf_counter()
     pilot = lab.pilot(law)[0]
     config = {
@@ -261,7 +376,7 @@ def run_paths(
         "threshold": lab.threshold,
         "method": method,
         "pilot": pilot.describe(),
-        "preconditioner": [None if each is None else each.describe() for each in laws],
+        "preconditioner": [made.info["law"] for made in pieces],
         "replicates": replicates,
     }
     provenance = {
@@ -269,8 +384,7 @@ def run_paths(
         "run_seconds": now - began,
         "remarks": [*lab.remarks, *remarks],
     }
-    for run in (short, *runs):
-        run.final = None
+    share_found, share_error = pieces[0].info["reentrant"]
     return assemble_paths(
         runs,
         short,
@@ -285,8 +399,8 @@ def run_paths(
         n_loss=budget.n_loss,
         n_grad=budget.n_grad,
         seconds=now - problem.began,
-        reentrant=reentrant,
-        log_constant_error=max(0.0 if each is None else each.log_constant_error for each in laws),
+        reentrant=(share_found, share_error),
+        log_constant_error=max(made.info["log_constant_error"] for made in pieces),
     )
 
 

@@ -2,18 +2,199 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from .._memory import ran_out, with_fewer_lanes
 from .._problem import Problem, Progress
 from .._proposal import Proposal
+from .._work import Work, section
+from ..checkpoints.files import Piece
 from ..engines import Engine
+from ..errors import FastvolWarning
 from ..result import Rays, VolumeEstimate, assemble
 from ._audit import audit
-from ._screen import choose_screen
-from ._search import Pilot, RayLoss, make_pilot, pilot_source, scan, settle
+from ._decisions import Decision
+from ._screen import Screen
+from ._search import Pilot, RayLoss, scan, settle
+
+Int = npt.NDArray[np.int64]
+
+# Scans of one pass are divided into about so many groups.
+_GROUPS = 64
+
+
+class Searcher:
+    """Settles blocks of rays and scans them, with fewer lanes where memory runs out.
+
+    Args:
+        problem, engine, threshold, pilot, law: of the run.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        engine: Engine,
+        threshold: float,
+        pilot: Pilot,
+        law: Proposal | None,
+    ) -> None:
+        self._problem = problem
+        self._threshold = threshold
+        self._pilot = pilot
+        self._loss = RayLoss(problem, engine, 0, law)
+        self._screen = self._new_screen()
+        self._law = law
+        self._seconds = 0.0
+        self.remarks: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        """That the engine took, and a screen's."""
+        own = 0.0 if self._screen is None else self._screen.seconds
+        return self._seconds + self._loss.seconds + own
+
+    @property
+    def _n_loss(self) -> int:
+        return self._loss.n_loss + (0 if self._screen is None else self._screen.n_loss)
+
+    def _new_screen(self) -> Screen | None:
+        if self._problem.plan.screening in ("off", "unmeasured"):
+            return None
+        return Screen(self._problem, self._pilot, self._threshold, 0, self._loss.proposal)
+
+    def block(self, number: int) -> Piece:
+        """A block of directions."""
+        problem = self._problem
+        first = number * problem.plan.block
+        ids = np.arange(first, min(first + problem.plan.block, problem.n))
+        return self._within_memory(lambda: self._settled(ids))
+
+    def _settled(self, ids: Int) -> Piece:
+        problem, loss = self._problem, self._loss
+        before = self._n_loss
+        rays = Rays.empty(len(ids))
+        start = None if self._screen is None else self._screen.starts(ids)
+        rays.log_radii[:], rays.status[:] = settle(
+            problem, loss, self._pilot, self._threshold, ids, start
+        )
+        rays.shift[:] = loss.shift
+        rays.log_offset[:] = loss.offsets()
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if problem.first_crossing:
+            rows = np.arange(len(ids))
+            scan(problem, loss, self._pilot, self._threshold, rays, ids, rows)
+            arrays["reentrant"] = rays.reentrant
+        arrays |= {"log_radii": rays.log_radii, "status": rays.status}
+        # Of other runs these are zero.
+        if problem.offset is not None:
+            arrays["shift"] = rays.shift
+        if self._law is not None:
+            arrays["log_offset"] = rays.log_offset
+        return Piece(arrays, {"n_loss": self._n_loss - before})
+
+    def scanned(self, rays: Rays, ids: Int) -> Piece:
+        """A scan of the rays ``ids``; ``rays`` stays as it is."""
+
+        def scanned() -> Piece:
+            before = self._loss.n_loss
+            rows = np.arange(len(ids))
+            own = rays.take(ids)
+            found = scan(self._problem, self._loss, self._pilot, self._threshold, own, ids, rows)
+            arrays: dict[str, npt.NDArray[Any]] = {
+                "log_radii": own.log_radii,
+                "status": own.status,
+                "reentrant": found,
+            }
+            return Piece(arrays, {"n_loss": self._loss.n_loss - before, "of": _seen(rays, ids)})
+
+        return self._within_memory(scanned)
+
+    def _within_memory(self, attempt: Callable[[], Piece]) -> Piece:
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                self._shrink(error)
+
+    def _shrink(self, error: Exception) -> None:
+        problem = self._problem
+        plan = with_fewer_lanes(problem.plan, error, problem.work.kept_in)
+        self.remarks.append(
+            f"memory ran out with {problem.plan.lanes} rays in flight; it went on with {plan.lanes}"
+        )
+        self._problem = replace(problem, plan=plan)
+        self._seconds = self.seconds
+        # The old ones go first: both may not fit.
+        law = self._loss.proposal
+        del self._loss, self._screen
+        self._loss = RayLoss(self._problem, self._problem.engine(), 0, law)
+        self._screen = self._new_screen()
+
+
+class Scans:
+    """Scans of rays for an earlier crossing, in groups that anyone may make.
+
+    Args:
+        work: where the groups are kept. place: under which name.
+        searchers: make them.
+        rays: that are corrected.
+        least: rays in a group, at the least. most: at the most.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        place: str,
+        searchers: Sequence[Searcher],
+        rays: Rays,
+        least: int,
+        most: int,
+    ) -> None:
+        self._work, self._place, self._searchers = work, place, searchers
+        self._rays = rays
+        self._least, self._most = least, most
+        self._passes = 0
+        self.n_loss = 0
+
+    def __call__(self, ids: Int) -> None:
+        """Scans the rays ``ids``, ascending, and corrects their radii."""
+        size = min(max(self._least, len(ids) // _GROUPS), self._most)
+        groups = np.array_split(ids, max(1, len(ids) // size))
+        rays = self._rays
+
+        def compute(searcher: Searcher) -> Callable[[int], Piece]:
+            return lambda number: searcher.scanned(rays, groups[number])
+
+        def fits(number: int, piece: Piece) -> bool:
+            return bool(piece.info["of"] == _seen(rays, groups[number]))
+
+        place = f"{self._place}/{self._passes:04d}"
+        self._passes += 1
+        computes = [compute(searcher) for searcher in self._searchers]
+        for number, piece in self._work.pieces(place, len(groups), computes, fits):
+            group, found = groups[number], piece.arrays["reentrant"]
+            rays.log_radii[group] = piece.arrays["log_radii"]
+            rays.status[group] = piece.arrays["status"]
+            rays.audited[group] = True
+            rays.reentrant[group] |= found
+            self.n_loss += piece.info["n_loss"]
+
+
+def _seen(rays: Rays, ids: Int) -> str:
+    """A digest of some rays before they are scanned."""
+    sha = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
+    sha.update(rays.log_radii[ids].tobytes())
+    return sha.hexdigest()
 
 
 def run_threshold(
@@ -21,85 +202,72 @@ def run_threshold(
     engine: Engine,
     threshold: float,
     bar: Any,
-    *,
-    method: str,
-    proposal: Proposal | None = None,
-    pilot: Pilot | None = None,
-    n_loss: int = 0,
-    n_grad: int = 0,
-    notes: tuple[str, ...] = (),
+    decision: Decision,
+    began: float,
 ) -> VolumeEstimate:
     """The estimate from ``problem.n`` rays at one threshold.
 
     Args:
         problem, engine, threshold: of the run.
         bar: progress, in directions.
-        method: its name, for the config.
-        proposal: the law of the directions; ``None`` is isotropic.
-        pilot: of this law; made here by default.
-        n_loss, n_grad: evaluations that were spent on the proposal and its pilot.
-        notes: further sentences for the result's warnings.
+        decision: law of the directions and pilot.
+        began: ``time.perf_counter()`` when this threshold's turn came.
     """
-    began = time.perf_counter()
+    law, pilot, work = decision.law, decision.pilot, problem.work
+    plan = decision.plan_of(problem)
+    elsewhere = [replace(other, plan=plan) for other in problem.elsewhere]
+    problem = replace(problem, plan=plan)
+    searchers = [
+        Searcher(own, engine if own is problem else own.engine(), threshold, pilot, law)
+        for own in (problem, *elsewhere)
+    ]
+    constant_of_law = 0.0 if law is None else law.log_constant
     rays = Rays.empty(problem.n)
-    pilot_loss = pilot_source(problem, engine, proposal)
-    if pilot is None:
-        pilot, _ = make_pilot(problem, pilot_loss, threshold)
-    problem, screen, screen_loss = choose_screen(problem, engine, pilot, threshold, proposal)
-    loss = RayLoss(problem, engine, 0, proposal)
-    constant_of_law = 0.0 if proposal is None else proposal.log_constant
-
-    n, block = problem.n, problem.plan.block
-    running = problem.backend.LogMeanExp()
-    for first in range(0, n, block):
-        ids = np.arange(first, min(first + block, n))
-        start = None if screen is None else screen.starts(ids)
-        rays.log_radii[ids], rays.status[ids] = settle(problem, loss, pilot, threshold, ids, start)
-        rays.shift[ids] = loss.shift
-        rays.log_offset[ids] = loss.offsets()
-        if problem.first_crossing:
-            scan(problem, loss, pilot, threshold, rays, ids)
-        weights, constant = rays.log_weights(problem.measure, problem.dim, ids)
-        running.update(weights)
-        log_volume = running.log_mean + constant + constant_of_law - 0.5 * problem.offset_squared
-        bar.set_postfix_str(f"{log_volume:.4g} ± {running.stderr:.2g} nats", refresh=False)
-        bar.update(len(ids))
-        for callback in problem.callbacks:
-            callback(
-                Progress(
-                    n_done=int(ids[-1]) + 1,
-                    n=n,
-                    threshold=threshold,
-                    log_radii=rays.log_radii[: ids[-1] + 1].copy(),
-                    log_volume_metric=log_volume,
-                    stderr=running.stderr,
-                    seconds=time.perf_counter() - problem.began,
-                )
-            )
-    search_loss = loss.n_loss
+    n_loss, interrupted = _search(problem, searchers, threshold, rays, bar, constant_of_law)
+    notes = list(decision.notes)
+    if interrupted is not None:
+        rays = rays.take(np.arange(interrupted))
+        notes.append(
+            f"interrupted: these are the first {interrupted} of {problem.n} directions, audited "
+            "for earlier crossings no more than it takes"
+        )
+        warnings.warn(notes[-1], FastvolWarning, stacklevel=5)
+        config = {**problem.config, "n": interrupted}
+        problem = replace(problem, n=interrupted, config=config)
+    search_loss = n_loss
     if problem.first_crossing:
         rays.audited[:] = True
+    elif interrupted is not None:
+        n_loss += _audit(problem, Work(), searchers, rays, 0, threshold)
     else:
-        audit(problem, loss, pilot, threshold, rays, search_loss)
+        before = rays.take(np.arange(rays.n)) if work.on_interrupt == "return" else None
+        try:
+            n_loss += _audit(problem, work, searchers, rays, search_loss, threshold)
+        except KeyboardInterrupt:
+            if before is None or work.team is not None:
+                raise
+            work.interrupted = True
+            rays = before
+            notes.append("interrupted: audited for earlier crossings no more than it takes")
+            warnings.warn(notes[-1], FastvolWarning, stacklevel=5)
+            n_loss += _audit(problem, Work(), searchers, rays, 0, threshold)
 
-    if screen is not None:
-        screen_loss += screen.n_loss
     now = time.perf_counter()
     config = {
         **problem.config,
         "threshold": threshold,
-        "method": method,
+        "method": decision.method,
         "pilot": pilot.describe(),
     }
-    if proposal is not None:
-        config["preconditioner"] = proposal.describe()
+    if law is not None:
+        config["preconditioner"] = law.describe()
+    for searcher in searchers:
+        notes.extend(searcher.remarks)
     provenance = {
         **problem.provenance,
-        "engine_seconds": pilot_loss.seconds
-        + loss.seconds
-        + (0.0 if screen is None else screen.seconds),
+        "engine_seconds": decision.seconds + sum(searcher.seconds for searcher in searchers),
         "run_seconds": now - began,
-        "remarks": list(notes),
+        "remarks": notes,
     }
     return assemble(
         rays,
@@ -108,12 +276,94 @@ def run_threshold(
         log_abs_scale=problem.log_abs_scale,
         offset_squared=problem.offset_squared,
         log_constant=constant_of_law,
-        log_constant_error=0.0 if proposal is None else proposal.log_constant_error,
+        log_constant_error=0.0 if law is None else law.log_constant_error,
         seeds=(problem.seed,),
         config=config,
         plan=problem.plan.describe(),
         provenance=provenance,
-        n_loss=n_loss + pilot_loss.n_loss + screen_loss + loss.n_loss,
-        n_grad=n_grad,
+        n_loss=decision.n_loss + n_loss,
+        n_grad=decision.n_grad,
         seconds=now - problem.began,
     )
+
+
+def _search(
+    problem: Problem,
+    searchers: Sequence[Searcher],
+    threshold: float,
+    rays: Rays,
+    bar: Any,
+    constant_of_law: float,
+) -> tuple[int, int | None]:
+    """Fills in all radii: losses that it took, and where an interrupt cut the run, if it did."""
+    work, n, block = problem.work, problem.n, problem.plan.block
+    running = problem.backend.LogMeanExp()
+    done = np.zeros(-(-n // block), dtype=np.bool_)
+    n_loss = n_done = 0
+
+    def fits(number: int, piece: Piece) -> bool:
+        return len(piece.arrays["log_radii"]) >= min(block, n - number * block)
+
+    work.note(0, n)
+    pieces = work.pieces(
+        f"{section(threshold)}/blocks", len(done), [s.block for s in searchers], fits
+    )
+    try:
+        for number, piece in pieces:
+            first = number * block
+            stop = min(first + block, n)
+            for name, array in piece.arrays.items():
+                getattr(rays, name)[first:stop] = array[: stop - first]
+            n_loss += piece.info["n_loss"]
+            n_done += stop - first
+            done[number] = True
+            work.note(n_done, n)
+            weights, constant = rays.log_weights(
+                problem.measure, problem.dim, np.arange(first, stop)
+            )
+            running.update(weights)
+            log_volume = (
+                running.log_mean + constant + constant_of_law - 0.5 * problem.offset_squared
+            )
+            bar.set_postfix_str(f"{log_volume:.4g} ± {running.stderr:.2g} nats", refresh=False)
+            bar.update(stop - first)
+            for callback in problem.callbacks:
+                settled = np.repeat(done, block)[:n]
+                callback(
+                    Progress(
+                        n_done=n_done,
+                        n=n,
+                        threshold=threshold,
+                        log_radii=rays.log_radii[settled],
+                        log_volume_metric=log_volume,
+                        stderr=running.stderr,
+                        seconds=time.perf_counter() - problem.began,
+                    )
+                )
+    except KeyboardInterrupt:
+        whole = len(done) if done.all() else int(np.argmin(done))
+        # A process that goes its own way would leave the others waiting.
+        if work.on_interrupt != "return" or not whole or work.team is not None:
+            raise
+        work.interrupted = True
+        pieces.close()
+        return n_loss, min(whole * block, n)
+    return n_loss, None
+
+
+def _audit(
+    problem: Problem,
+    work: Work,
+    searchers: Sequence[Searcher],
+    rays: Rays,
+    search_loss: int,
+    threshold: float,
+) -> int:
+    """Audits in place; the losses that it took."""
+    place = f"{section(threshold)}/audit-{problem.n}"
+    plan = problem.plan
+    scans = Scans(
+        work, place, searchers, rays, min(max(64, 4 * plan.lanes), plan.block), plan.block
+    )
+    audit(problem, scans, rays, search_loss)
+    return scans.n_loss

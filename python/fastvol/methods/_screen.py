@@ -3,7 +3,7 @@
 A screen only chooses where to look. The search on all data in full precision then starts from
 there, and its own bracket is what counts: a screen changes what a radius costs, not what it is
 beyond the tolerance. It pays where radii differ much from ray to ray and an evaluation is dear;
-:func:`choose_screen` measures whether it does.
+:func:`with_screen` measures whether it does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .._problem import Problem
 from .._proposal import Proposal
 from .._reference.search import Status
 from ..engines import Engine, GeneralEngine
+from ._decisions import Decision
 from ._search import Pilot, RayLoss, pilot_source, settle
 
 Float = npt.NDArray[np.float64]
@@ -101,33 +102,22 @@ class Screen:
         return np.minimum(start, self._pilot.log_cap)
 
 
-def choose_screen(
-    problem: Problem,
-    engine: Engine,
-    pilot: Pilot,
-    threshold: float,
-    proposal: Proposal | None,
-) -> tuple[Problem, Screen | None, int]:
-    """The screen that makes a direction cheapest, by measurement on the pilot's directions.
+def with_screen(problem: Problem, engine: Engine, threshold: float, decision: Decision) -> Decision:
+    """A decision for independent rays, with the screen that makes a direction cheapest.
+
+    It is measured on the pilot's directions, unless the plan says already what it is.
 
     Args:
-        problem, engine, pilot, threshold, proposal: of the run.
-
-    Returns:
-        The problem with that choice in its plan, the screen of its own directions or ``None``, and
-        the losses that the choice has cost.
+        problem, engine, threshold: of the run.
+        decision: with the law of the directions, and its pilot.
     """
-    n_loss = 0
-    if problem.plan.screening == "unmeasured":
-        plan, n_loss = problem.plan, 0
-        choice: dict[str, Any] = {"screening": "off"}
-        found = _measured(problem, engine, pilot, threshold, proposal)
-        if found is not None:
-            choice, n_loss = found
-        problem = replace(problem, plan=replace(plan, **choice))
-    if problem.plan.screening == "off":
-        return problem, None, n_loss
-    return problem, Screen(problem, pilot, threshold, 0, proposal), n_loss
+    if problem.plan.screening != "unmeasured":
+        return decision
+    found = _measured(problem, engine, decision.pilot, threshold, decision.law)
+    if found is None:
+        return decision
+    screen, n_loss = found
+    return replace(decision, screen=screen, n_loss=decision.n_loss + n_loss)
 
 
 def _measured(

@@ -130,6 +130,7 @@ class RayLoss:
 
     def loss(self, lanes: Int, radii: Float) -> Any:
         """The losses of some lanes at their radii."""
+        self._problem.work.check()
         began = time.perf_counter()
         losses = self._engine.loss(radii, lanes, limit=self.limit)
         self.n_loss += len(lanes)
@@ -377,23 +378,28 @@ def scan(
     threshold: float,
     rays: Rays,
     ids: Int,
+    rows: Int | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Looks for an earlier crossing on the rays ``ids`` and corrects their radii in place."""
+    """Looks for an earlier crossing on the rays ``ids`` and corrects their radii in place.
+
+    ``rows`` are their rows in ``rays``, where these are not all directions.
+    """
+    rows = ids if rows is None else rows
     loss.assign(ids)
     # A scan only asks whether a point lies outside, but for the crossing that it may find.
     loss.limit = problem.loss0 + _FAR * max(threshold - problem.loss0, 0.0)
-    known = rays.log_radii[ids]
+    known = rays.log_radii[rows]
     norms: Float | float = 0.0
     if loss.proposal is not None:
-        norms = -rays.log_offset[ids] / problem.dim
+        norms = -rays.log_offset[rows] / problem.dim
         if loss.proposal.offset is not None:
             norms = loss.proposal.directions(loss.normals(ids)).log_norm
     log_rho, status, _, reentrant = search(
         problem, loss, known - norms, mode="scan", options=search_options(problem, pilot, threshold)
     )
     found: npt.NDArray[np.bool_] = reentrant.astype(np.bool_)
-    rays.log_radii[ids[found]] = (log_rho + norms)[found]
-    rays.status[ids[found]] = status[found]
-    rays.audited[ids] = True
-    rays.reentrant[ids] |= found
+    rays.log_radii[rows[found]] = (log_rho + norms)[found]
+    rays.status[rows[found]] = status[found]
+    rays.audited[rows] = True
+    rays.reentrant[rows] |= found
     return found

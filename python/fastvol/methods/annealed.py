@@ -17,13 +17,15 @@ import torch
 from .._path_estimate import final_log_scale
 from .._problem import Problem
 from .._proposal import Proposal
+from ..engines import Engine
 from ..errors import FastvolWarning
 from ..result import VolumeEstimate
 from ..sampling.learning import perturbed
 from ..sampling.moves import CrankNicolson, GreatCircleSlice, Hamiltonian, Move, Switching
 from ..sampling.tempering import tilt
+from ._decisions import Decision, decided
 from ._laws import given_law
-from ._paths import Laboratory, laboratory, run_paths
+from ._paths import Laboratory, decision_for_chains, laboratory, laboratory_of, run_paths
 
 # From this dimension on moves of one loss come first, and gradients where their step collapses.
 _LARGE = 50_000
@@ -31,27 +33,32 @@ _LARGE = 50_000
 
 def run(problem: Problem) -> list[VolumeEstimate]:
     """One estimate per threshold."""
+
+    def one(threshold: float) -> VolumeEstimate:
+        engine = problem.engine()
+        decision = decided(
+            problem,
+            threshold,
+            ("chains",),
+            lambda: choose_annealing(laboratory(problem, engine, threshold)),
+        )
+        return anneal(problem, engine, threshold, decision, bar)
+
     with problem.bar(unit="run", total=1 + problem.replicates) as bar:
-        return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
+        return problem.over_thresholds(one)
 
 
-def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
-    lab = laboratory(problem, problem.engine(), threshold)
-    return anneal(lab, bar)
-
-
-def anneal(
-    lab: Laboratory, bar: Any, start: Proposal | None = None, remarks: tuple[str, ...] = ()
-) -> VolumeEstimate:
-    """The estimate by annealing, within the laboratory's budget.
+def choose_annealing(
+    lab: Laboratory, start: Proposal | None = None, remarks: tuple[str, ...] = ()
+) -> Decision:
+    """The law of the directions to begin with, learned from the boundary where that pays.
 
     Args:
         lab: problem and budget.
-        bar: progress, in runs.
-        start: the law of the directions to begin with, where the call names none.
+        start: the law to learn from, where the call names none.
         remarks: further warnings.
     """
-    problem, trouble = lab.problem, lab.no_gradients
+    trouble = lab.no_gradients
     start = start or given_law(lab)
     notes = list(remarks)
     if trouble:
@@ -60,15 +67,31 @@ def anneal(
             "ten times as expensive"
         )
         warnings.warn(f"loss_fn: {notes[-1]}", FastvolWarning, stacklevel=5)
-    law = start if problem.preconditioner is None else lab.improve(start, 32, 0)
-    rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, 29])
+    law = start if lab.problem.preconditioner is None else lab.improve(start, 32, 0)
+    return decision_for_chains(lab, "annealed", law, tuple(notes), start)
+
+
+def anneal(
+    problem: Problem, engine: Engine, threshold: float, decision: Decision, bar: Any
+) -> VolumeEstimate:
+    """The estimate by annealing, within the budget.
+
+    Args:
+        problem, engine, threshold: of the run.
+        decision: what :func:`choose_annealing` made.
+        bar: progress, in runs.
+    """
+    lab = laboratory_of(problem, engine, threshold, decision)
+    trouble, start = decision.trouble, decision.start
 
     def other_law(first: Proposal | None, index: int) -> Proposal | None:
         if first is not start:
             again = lab.improve(start, 32, 100 * index)
             if again is not start:
                 return again
-        return perturbed(first, problem.dim, rng)
+        # The first one's seed as it would be without an index.
+        seed = [problem.seed & 0xFFFFFFFF, 29, index - 1]
+        return perturbed(first, problem.dim, np.random.default_rng(seed))
 
     def make_move(generator: torch.Generator, rng: np.random.Generator) -> Move:
         if trouble:
@@ -79,11 +102,11 @@ def anneal(
 
     return run_paths(
         lab,
-        law,
+        decision.law,
         tilt(final_log_scale(problem.measure)),
         make_move,
         method="annealed",
         other_law=other_law,
-        remarks=notes,
+        remarks=list(decision.notes),
         bar=bar,
     )

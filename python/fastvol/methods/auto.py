@@ -9,6 +9,7 @@ and the profile as far as they reach.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from .._problem import Problem
@@ -16,11 +17,12 @@ from .._proposal import Proposal
 from ..measures import Lebesgue
 from ..result import VolumeEstimate
 from . import radial
+from ._decisions import CHAINS, Decision, decided
 from ._laws import auto_law, given_law
-from ._paths import Laboratory, laboratory
+from ._paths import Laboratory, decision_for_rays, laboratory
 from ._rays import run_threshold
-from .annealed import anneal
-from .splitting import split
+from .annealed import anneal, choose_annealing
+from .splitting import choose_splitting, split
 
 # Standard deviation of log weights up to which plain averages pass the gate: at 1.8 the Pareto
 # shape of an ellipsoid's weights is 0.2, at 3.7 it is 0.8.
@@ -36,16 +38,31 @@ def run(problem: Problem) -> list[VolumeEstimate]:
         return radial.run(
             problem, ("no method beyond plain rays was tried: directions are not kept",)
         )
+
+    def one(threshold: float) -> VolumeEstimate:
+        began = time.perf_counter()
+        engine = problem.engine()
+        decision = decided(
+            problem,
+            threshold,
+            ("chains", "rays"),
+            lambda: _choose(laboratory(problem, engine, threshold)),
+        )
+        if decision.method in CHAINS:
+            sample = anneal if decision.method == "annealed" else split
+            return sample(problem, engine, threshold, decision, _Runs(bar, problem))
+        return run_threshold(problem, engine, threshold, bar, decision, began)
+
     with problem.bar() as bar:
-        return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
+        return problem.over_thresholds(one)
 
 
-def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
-    lab = laboratory(problem, problem.engine(), threshold)
+def _choose(lab: Laboratory) -> Decision:
+    problem = lab.problem
     sd = lab.pilot(None)[0].log_weight_sd
     asked = not (problem.preconditioner is None or _automatic(problem))
     if sd <= _EVEN and not asked:
-        return _rays(lab, bar, None)
+        return _rays(lab, None)
 
     law: Proposal | None
     tried: list[str]
@@ -59,38 +76,23 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
     best_sd = lab.pilot(law)[0].log_weight_sd
     found = f"standard deviation of the pilot's log weights, nats: {', '.join(tried)}"
     if best_sd <= _EVEN or problem.antithetic or problem.first_crossing:
-        return _rays(lab, bar, law)
+        return _rays(lab, law)
     price = _LOSSES_A_NAT_WITHOUT_GRADIENT if lab.no_gradients else _LOSSES_A_NAT
     needed = price * best_sd
     if lab.budget.total >= needed:
-        if not lab.no_gradients:
-            return anneal(lab, _Runs(bar, problem), law, (f"annealed ({found})",))
-        if _has_ladder(problem):
-            return split(lab, _Runs(bar, problem), (f"splitting, without gradients ({found})",))
-        return anneal(lab, _Runs(bar, problem), law, (f"annealed ({found})",))
+        if lab.no_gradients and _has_ladder(problem):
+            return choose_splitting(lab, (f"splitting, without gradients ({found})",))
+        return choose_annealing(lab, law, (f"annealed ({found})",))
     if not math.isfinite(needed):
         note = f"no method beyond plain rays was tried ({found})"
     else:
         n = problem.n * needed / lab.budget.total
         note = f"annealing was not tried, since it would need n of about {n:.1g} ({found})"
-    return _rays(lab, bar, law if asked else None, (note,))
+    return _rays(lab, law if asked else None, (note,))
 
 
-def _rays(
-    lab: Laboratory, bar: Any, law: Proposal | None, notes: tuple[str, ...] = ()
-) -> VolumeEstimate:
-    return run_threshold(
-        lab.problem,
-        lab.engine,
-        lab.threshold,
-        bar,
-        method="radial" if law is None else "preconditioned",
-        proposal=law,
-        pilot=lab.pilot(law)[0],
-        n_loss=lab.budget.n_loss,
-        n_grad=lab.budget.n_grad,
-        notes=(*lab.remarks, *notes),
-    )
+def _rays(lab: Laboratory, law: Proposal | None, notes: tuple[str, ...] = ()) -> Decision:
+    return decision_for_rays(lab, "radial" if law is None else "preconditioned", law, notes)
 
 
 def _has_ladder(problem: Problem) -> bool:

@@ -9,27 +9,35 @@ is not centred at the minimum.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from .._problem import Problem
 from .._proposal import Proposal
 from ..result import VolumeEstimate
+from ._decisions import Decision, decided
 from ._laws import auto_law, given_law
-from ._paths import laboratory
+from ._paths import decision_for_rays, laboratory
 from ._rays import run_threshold
 
 
 def run(problem: Problem) -> list[VolumeEstimate]:
     """One estimate per threshold, from the same directions if P is the same."""
+
+    def one(threshold: float) -> VolumeEstimate:
+        began = time.perf_counter()
+        decision = decided(problem, threshold, ("rays",), lambda: _choose(problem, threshold))
+        return run_threshold(problem, problem.engine(), threshold, bar, decision, began)
+
     with problem.bar() as bar:
-        return [_run_threshold(problem, threshold, bar) for threshold in problem.thresholds]
+        return problem.over_thresholds(one)
 
 
-def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstimate:
-    engine = problem.engine()
+def _choose(problem: Problem, threshold: float) -> Decision:
     spec = problem.preconditioner
     automatic = _is(spec, "auto")
-    lab = laboratory(problem, engine, threshold, frugal=not (automatic or _is(spec, "boundary")))
+    frugal = not (automatic or _is(spec, "boundary"))
+    lab = laboratory(problem, problem.engine(), threshold, frugal=frugal)
     notes: tuple[str, ...] = ()
     law: Proposal | None
     if automatic:
@@ -41,18 +49,7 @@ def _run_threshold(problem: Problem, threshold: float, bar: Any) -> VolumeEstima
             )
     else:
         law = given_law(lab)
-    return run_threshold(
-        problem,
-        engine,
-        threshold,
-        bar,
-        method="preconditioned",
-        proposal=law,
-        pilot=lab.pilot(law)[0],
-        n_loss=lab.budget.n_loss,
-        n_grad=lab.budget.n_grad,
-        notes=(*lab.remarks, *notes),
-    )
+    return decision_for_rays(lab, "preconditioned", law, notes)
 
 
 def _is(spec: Any, name: str) -> bool:

@@ -8,16 +8,32 @@ the gate says when that matters.
 
 from __future__ import annotations
 
+import time
+
 from .._problem import Problem
 from ..result import VolumeEstimate
+from ._decisions import Decision, decided
 from ._rays import run_threshold
+from ._screen import with_screen
+from ._search import make_pilot, pilot_source
 
 
 def run(problem: Problem, notes: tuple[str, ...] = ()) -> list[VolumeEstimate]:
     """One estimate per threshold, from the same directions; ``notes`` go to the warnings."""
     engine = problem.engine()
+
+    def choose(threshold: float) -> Decision:
+        source = pilot_source(problem, engine)
+        pilot, _ = make_pilot(problem, source, threshold)
+        decision = Decision(
+            "radial", None, pilot, source.n_loss, notes=notes, seconds=source.seconds
+        )
+        return with_screen(problem, engine, threshold, decision)
+
+    def one(threshold: float) -> VolumeEstimate:
+        began = time.perf_counter()
+        decision = decided(problem, threshold, ("rays",), lambda: choose(threshold))
+        return run_threshold(problem, engine, threshold, bar, decision, began)
+
     with problem.bar() as bar:
-        return [
-            run_threshold(problem, engine, threshold, bar, method="radial", notes=notes)
-            for threshold in problem.thresholds
-        ]
+        return problem.over_thresholds(one)

@@ -16,12 +16,14 @@ import torch
 from .._path_estimate import final_log_scale
 from .._problem import Problem
 from .._proposal import Proposal
+from ..engines import Engine
 from ..errors import FastvolError
 from ..result import VolumeEstimate
 from ..sampling.moves import CrankNicolson, Hamiltonian, Move, Switching
 from ..sampling.tempering import ladder
+from ._decisions import Decision, decided
 from ._laws import given_law
-from ._paths import Laboratory, laboratory, run_paths
+from ._paths import Laboratory, decision_for_chains, laboratory, laboratory_of, run_paths
 
 
 def run(problem: Problem) -> list[VolumeEstimate]:
@@ -31,27 +33,46 @@ def run(problem: Problem) -> list[VolumeEstimate]:
             "method='splitting' widens a law around the minimum; for Gaussian(center='origin') use "
             "method='annealed' or 'preconditioned', or fastvol.prior_mass for all minima together"
         )
+
+    def one(threshold: float) -> VolumeEstimate:
+        engine = problem.engine()
+        decision = decided(
+            problem,
+            threshold,
+            ("chains",),
+            lambda: choose_splitting(laboratory(problem, engine, threshold)),
+        )
+        return split(problem, engine, threshold, decision, bar)
+
     with problem.bar(unit="run", total=1 + problem.replicates) as bar:
-        return [
-            split(laboratory(problem, problem.engine(), threshold), bar)
-            for threshold in problem.thresholds
-        ]
+        return problem.over_thresholds(one)
 
 
-def split(lab: Laboratory, bar: Any, remarks: tuple[str, ...] = ()) -> VolumeEstimate:
-    """The estimate by splitting, within the laboratory's budget.
+def choose_splitting(lab: Laboratory, remarks: tuple[str, ...] = ()) -> Decision:
+    """The law of the directions that the call asks for.
 
     Args:
         lab: problem and budget.
-        bar: progress, in runs.
         remarks: further warnings.
     """
-    problem = lab.problem
-    law = given_law(lab)
+    return decision_for_chains(lab, "splitting", given_law(lab), remarks)
+
+
+def split(
+    problem: Problem, engine: Engine, threshold: float, decision: Decision, bar: Any
+) -> VolumeEstimate:
+    """The estimate by splitting, within the budget.
+
+    Args:
+        problem, engine, threshold: of the run.
+        decision: what :func:`choose_splitting` made.
+        bar: progress, in runs.
+    """
+    lab = laboratory_of(problem, engine, threshold, decision)
 
     def make_move(generator: torch.Generator, rng: np.random.Generator) -> Move:
         crank_nicolson = CrankNicolson(generator, rng)
-        if lab.no_gradients:
+        if decision.trouble:
             return crank_nicolson
         return Switching(crank_nicolson, Hamiltonian(generator, rng))
 
@@ -61,11 +82,11 @@ def split(lab: Laboratory, bar: Any, remarks: tuple[str, ...] = ()) -> VolumeEst
 
     return run_paths(
         lab,
-        law,
+        decision.law,
         ladder(final_log_scale(problem.measure)),
         make_move,
         method="splitting",
         other_law=same_law,
-        remarks=list(remarks),
+        remarks=list(decision.notes),
         bar=bar,
     )

@@ -154,6 +154,7 @@ class RayField:
 
     def loss(self, lanes: Int, radii: Float) -> Float:
         """Losses at multiples of v."""
+        self.problem.work.check()
         self.n_loss += len(lanes)
         return self._engine.loss(radii, lanes).values
 

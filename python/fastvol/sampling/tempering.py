@@ -10,8 +10,9 @@ the effective sample size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,56 @@ class Run:
             setattr(self, name, np.concatenate([getattr(self, name), new[name]]))
         self.levels.append(level)
         self.reports.append(report)
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """What it knows of each state, by name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    def describe(self) -> dict[str, Any]:
+        """Everything else, JSON-ready."""
+        return {
+            "levels": [[level.beta, level.log_scale] for level in self.levels],
+            "log_increments": self.log_increments,
+            "reports": self.reports,
+            "finished": self.finished,
+            "stopped": self.stopped,
+            "log_constant": self.log_constant,
+            "chains": self.chains,
+            "length": self.length,
+            "n_loss": self.n_loss,
+            "n_grad": self.n_grad,
+        }
+
+    @classmethod
+    def rebuilt(
+        cls, description: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]]
+    ) -> Run:
+        """The run of :meth:`describe` and :meth:`columns`, without its final states.
+
+        Raises:
+            ValueError: the columns differ in length.
+        """
+        told = dict(description)
+        told["levels"] = [Level(*pair) for pair in told["levels"]]
+        arrays: dict[str, Any] = {name: columns[name] for name in _ARRAYS}
+        if len({len(array) for array in arrays.values()}) != 1:
+            raise ValueError("the arrays of a run differ in length")
+        return cls(**told, **arrays)
+
+
+@dataclass
+class Ancestors:
+    """Where a level begins: enough to go on from, with the state of the move and its generators.
+
+    Args:
+        run: up to the last level; its ``finished`` tells whether this one is the last.
+        state: the states that the chains start from.
+        level: the target.
+    """
+
+    run: Run
+    state: Population
+    level: Level
 
 
 Path = Callable[[RayField, Population, Level], tuple[Level, bool]]
@@ -188,6 +239,8 @@ def temper(
     rng: np.random.Generator,
     stream: int,
     may_go_on: Callable[[Run], bool] = lambda run: True,
+    keep: Callable[[Ancestors], None] = lambda ancestors: None,
+    start: Ancestors | None = None,
 ) -> Run:
     """Carries a population along a path.
 
@@ -200,37 +253,48 @@ def temper(
         rng: of the resampling.
         stream: which family of counters makes the first directions.
         may_go_on: asked before each level; ``False`` stops the run.
+        keep: told where each level begins, before the move is.
+        start: goes on from there, the move and ``rng`` being in the state of that time.
     """
-    run = Run(chains=chains, length=length)
-    if rays.proposal is not None:
-        run.log_constant = rays.proposal.log_constant
-    before = rays.n_loss, rays.n_grad
-    count = chains * length
-    population = Population.join(
-        [
-            rays.measure(rays.isotropic(np.arange(first, first + chains), stream))
-            for first in range(0, count, chains)
-        ]
-    )
-    level = Level(0.0, -math.inf)
-    # The first states are independent: every one is a cluster of its own.
-    run.append(population, level, count, {})
-    while not run.finished:
-        if not np.isfinite(population.log_radii).all():
-            run.stopped = "a ray of no length was met"
-            break
-        run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
-        if not may_go_on(run):
-            run.stopped = "the budget was spent"
-            break
-        following, run.finished = path(rays, population, level)
-        gained = rays.log_density(population, following)
-        if level.beta > 0:
-            gained = gained - rays.log_density(population, level)
-        top = float(gained.max())
-        run.log_increments.append(top + math.log(float(np.exp(gained - top).mean())))
-        state = population.take(systematic(gained, chains, rng))
-        level = following
+    resumed = start is not None
+    if start is not None:
+        run, state, level = start.run, start.state, start.level
+        population = state
+    else:
+        run = Run(chains=chains, length=length)
+        if rays.proposal is not None:
+            run.log_constant = rays.proposal.log_constant
+        level = Level(0.0, -math.inf)
+    before = rays.n_loss - run.n_loss, rays.n_grad - run.n_grad
+    if not resumed:
+        count = chains * length
+        population = Population.join(
+            [
+                rays.measure(rays.isotropic(np.arange(first, first + chains), stream))
+                for first in range(0, count, chains)
+            ]
+        )
+        # The first states are independent: every one is a cluster of its own.
+        run.append(population, level, count, {})
+    while resumed or not run.finished:
+        if not resumed:
+            if not np.isfinite(population.log_radii).all():
+                run.stopped = "a ray of no length was met"
+                break
+            run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
+            if not may_go_on(run):
+                run.stopped = "the budget was spent"
+                break
+            following, run.finished = path(rays, population, level)
+            gained = rays.log_density(population, following)
+            if level.beta > 0:
+                gained = gained - rays.log_density(population, level)
+            top = float(gained.max())
+            run.log_increments.append(top + math.log(float(np.exp(gained - top).mean())))
+            state = population.take(systematic(gained, chains, rng))
+            level = following
+            keep(Ancestors(run, state, level))
+        resumed = False
         move.start_level(state, level)
         parts = [state]
         for _ in range(length - 1):
@@ -239,7 +303,7 @@ def temper(
         population = Population.join(parts)
         told = {**move.report(), "memory": _memory(parts[0].units, state.units)}
         run.append(population, level, chains, told)
-        run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
+    run.n_loss, run.n_grad = rays.n_loss - before[0], rays.n_grad - before[1]
     run.final = population
     return run
 

@@ -1,0 +1,434 @@
+"""A run that is killed, damaged, divided or resumed elsewhere is the run that nothing happened to.
+
+Processes are forked, so that a killed one costs no more than its own work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastvol
+from fastvol import _processes
+from fastvol.checkpoints import files
+from fastvol.checkpoints.inspection import Contents
+
+from . import bodies
+from .runs import verdict
+
+_PLAN: dict[str, Any] = {
+    "engine": "general",
+    "chunk": 8,
+    "lanes": 8,
+    "keep_rows": True,
+    "dtype": "float64",
+    "threads": 1,
+    "noise_threads": 1,
+    "backend": "cpp",
+    "block": 32,
+}
+_EXIT_SECONDS = 60.0
+
+
+def run(short: bool) -> dict[str, Any]:
+    """Kills, damage, processes, and a soak."""
+    # Forked processes must find no threads of another's.
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        found = {
+            "kills_of_rays": kills(rays, place, chance, 16 if short else 150),
+            "kills_of_chains": kills(chains, place, chance, 8 if short else 50),
+            "damage": damage(place, chance, 6 if short else 100),
+            "world_sizes": world_sizes(place),
+            "kills_of_a_rank": rank_kills(place, chance, 2 if short else 50),
+            "soak": soak(place, chance, 3.0 if short else 1800.0),
+        }
+        if not short:
+            found["scaling"] = scaling(place)
+    problems = [
+        f"{name}: {problem}" for name, told in found.items() for problem in told.pop("problems")
+    ]
+    return verdict(found, problems)
+
+
+def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A small network and the examples that it fits exactly."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        x = torch.randn(10, 2, dtype=torch.float64)
+    return model, (x, model(x).detach())
+
+
+def rays(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
+    """A run of independent rays, of some 60 pieces of work."""
+    model, data = problem()
+    settings = {"n": 1500, "increase": 1.0, "method": "radial", "plan": _PLAN, **options}
+    return fastvol.estimate(
+        model, F.mse_loss, data=data, checkpoint=folder, progress=False, **settings
+    )
+
+
+def chains(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
+    """Three runs of chains."""
+    body = bodies.ellipsoid(10, 1e3)
+    settings = {"n": 500, "threshold": 1.0, "method": "annealed", "preconditioner": None, **options}
+    return fastvol.estimate(
+        body.model(), bodies.loss, checkpoint=folder, progress=False, plan=_PLAN, **settings
+    )
+
+
+def told(result: fastvol.VolumeEstimate) -> dict[str, Any]:
+    """What must not differ."""
+    return {
+        "log_radii": hashlib.sha256(result.log_radii.tobytes()).hexdigest(),
+        "status": hashlib.sha256(result.status.tobytes()).hexdigest(),
+        "log_volume": result.log_volume,
+        "stderr": result.stderr,
+        "n_loss": result.n_loss,
+        "n_grad": result.n_grad,
+    }
+
+
+def kills(
+    call: Callable[[Path], fastvol.VolumeEstimate], place: Path, chance: random.Random, count: int
+) -> dict[str, Any]:
+    """Kills a run ``count`` times: at any moment, within a write, and at once after the last."""
+    began = time.perf_counter()
+    whole = told(call(place / f"whole-{call.__name__}"))
+    seconds = time.perf_counter() - began
+    expected = told(call(place / f"whole-{call.__name__}"))
+    problems = [] if whole == expected else ["the finished run is another one when called again"]
+    done = finished = writes = unreadable = 0
+    while done < count:
+        folder = place / f"killed-{call.__name__}-{finished}"
+        answer = place / "answer"
+        while True:
+            kind = chance.choice(["any", "any", "write", "at once"]) if done < count else "none"
+            answer.unlink(missing_ok=True)
+            write = chance.randrange(1, 30)
+            child = os.fork()
+            if child == 0:
+                _child(lambda own=folder: call(own), answer, write, kind == "write")
+            if kind in ("any", "at once"):
+                time.sleep(chance.uniform(0.0, seconds if kind == "any" else 0.02 * seconds))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if answer.exists():
+                break
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                done += 1
+                writes += kind == "write"
+                unreadable += not _readable(folder)
+            else:
+                problems.append(f"a process ended with status {status}")
+                break
+        finished += 1
+        if answer.exists() and json.loads(answer.read_text()) != expected:
+            problems.append(f"resumed run {finished} is another one")
+    if unreadable:
+        problems.append(f"{unreadable} folders could not be read")
+    return {
+        "kills": done,
+        "within_a_write": writes,
+        "runs_finished": finished,
+        "unreadable": unreadable,
+        "seconds_of_a_run": seconds,
+        "problems": problems,
+    }
+
+
+def _child(
+    call: Callable[[], fastvol.VolumeEstimate], answer: Path, write: int, dies: bool
+) -> None:
+    """Makes a call, writes down what it gave, and ends the process."""
+    code = 1
+    try:
+        if dies:
+            _die_within_write(write)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        aside = answer.with_suffix(".aside")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", fastvol.FastvolWarning)
+            aside.write_text(json.dumps(told(call())))
+        aside.replace(answer)
+        code = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(code)
+
+
+def _die_within_write(number: int) -> None:
+    """Has this process killed in the midst of a write, or between it and the renaming."""
+    real, seen = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+        if seen == number - 1 and number % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    files.os.fsync = fsync
+
+
+def _readable(folder: Path) -> bool:
+    """Whether a folder is one, with nothing damaged; or holds nothing yet."""
+    if not (folder / "manifest.json").exists():
+        return not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir())
+    try:
+        return not Contents.of(folder).damaged
+    except fastvol.FastvolError:
+        return False
+
+
+def damage(place: Path, chance: random.Random, count: int) -> dict[str, Any]:
+    """Flips a bit of a file, or cuts it short: named, and made again."""
+    folder = place / "damaged"
+    expected, problems = told(rays(folder)), []
+    pieces = sorted(folder.rglob("*.safetensors"))
+    for i in range(count):
+        victim = chance.choice(pieces)
+        data = bytearray(victim.read_bytes())
+        if i % 2:
+            del data[chance.randrange(len(data)) :]
+        else:
+            # Where the numbers are; the header has spaces that mean nothing.
+            first = 8 + int.from_bytes(data[:8], "little")
+            data[chance.randrange(first, len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(data)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mended = told(rays(folder))
+        if not any(f"{victim.name} is damaged" in str(warning.message) for warning in caught):
+            problems.append(f"damage {i} to {victim.name} was not named")
+        if mended != expected or Contents.of(folder).damaged:
+            problems.append(f"damage {i} to {victim.name} was not mended")
+    return {"files_damaged": count, "problems": problems}
+
+
+def _ranks(
+    size: int,
+    call: Callable[[], fastvol.VolumeEstimate],
+    answers: Path,
+    *,
+    patience: float = 4.0,
+) -> list[int]:
+    """Forks the processes of a group."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost",
+                MASTER_PORT=str(port),
+            )  # fmt: skip
+            _processes._BEAT, _processes._PATIENCE = patience / 10, patience
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            os.dup2(devnull, 2)
+            _child(call, answers / f"rank-{rank}", 0, False)
+        children.append(child)
+    return children
+
+
+def _wait(children: Sequence[int], limit: float) -> list[int | None]:
+    """Exit statuses; ``None``, and killed, where a process does not end in time."""
+    deadline = time.monotonic() + limit
+    codes: list[int | None] = []
+    for child in children:
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        codes.append(os.waitstatus_to_exitcode(status) if ended else None)
+    return codes
+
+
+def world_sizes(place: Path) -> dict[str, Any]:
+    """1, 2 and 4 processes; and 2 that go on with what 4 have begun."""
+    problems = []
+    for name, call in (("rays", rays), ("chains", chains)):
+        expected = told(call(None))
+        for size in (2, 4):
+            answers = place / f"{name}-{size}"
+            answers.mkdir()
+            codes = _wait(_ranks(size, lambda call=call: call(None), answers), 240)
+            found = [json.loads(path.read_text()) for path in sorted(answers.iterdir())]
+            if codes != [0] * size or found != [expected] * size:
+                problems.append(f"{name} by {size} processes are others (exit codes {codes})")
+    folder = place / "sizes"
+    for size, n in ((4, 700), (2, 1100)):
+        answers = place / f"sizes-{size}"
+        answers.mkdir()
+        codes = _wait(_ranks(size, lambda n=n: rays(folder, n=n), answers), 240)
+        if codes != [0] * size:
+            problems.append(f"{size} processes ended with {codes}")
+    if told(rays(folder)) != told(rays(None)):
+        problems.append("4, then 2, then 1 process gave another run")
+    return {"sizes": [1, 2, 4], "problems": problems}
+
+
+def rank_kills(place: Path, chance: random.Random, count: int) -> dict[str, Any]:
+    """Kills one of four ranks, any of them, at any moment; the next group goes on."""
+    expected, problems, slowest, n = told(rays(None, n=6000)), [], 0.0, 6000
+    began = time.perf_counter()
+    answers = place / "timed"
+    answers.mkdir()
+    codes = _wait(_ranks(4, lambda: rays(None, n=n), answers), 600)
+    seconds = time.perf_counter() - began
+    done = finished = 0
+    while done < count:
+        folder = place / f"ranks-{finished}"
+        answers = place / f"ranks-answers-{finished}"
+        answers.mkdir()
+        size = 4
+        while True:
+            children = _ranks(size, lambda own=folder: rays(own, n=n), answers)
+            if done < count:
+                time.sleep(chance.uniform(0.0, seconds))
+                victim = chance.randrange(size)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(children[victim], signal.SIGKILL)
+                killed = time.monotonic()
+                codes = _wait(children, _EXIT_SECONDS)
+                if codes[victim] != -signal.SIGKILL:
+                    break
+                done += 1
+                slowest = max(slowest, time.monotonic() - killed)
+                others = codes[:victim] + codes[victim + 1 :]
+                # Those that had the whole result before the death may end well.
+                if None in others or (0 in others and len(list(answers.iterdir())) == 0):
+                    problems.append(f"kill {done} of rank {victim}: the others ended with {others}")
+                if not _readable(folder):
+                    problems.append(f"kill {done}: the folder cannot be read")
+                size = chance.choice([2, 4])
+            else:
+                codes = _wait(children, 600)
+                break
+        finished += 1
+        # Whoever gave an answer gave the right one.
+        for path in answers.iterdir():
+            if json.loads(path.read_text()) != expected:
+                problems.append(f"group {finished}: another run")
+        if told(rays(folder, n=n)) != expected:
+            problems.append(f"group {finished}: another run is in its folder")
+    return {
+        "kills": done,
+        "groups_finished": finished,
+        "slowest_exit_seconds": slowest,
+        "problems": problems,
+    }
+
+
+def soak(place: Path, chance: random.Random, seconds: float) -> dict[str, Any]:
+    """Interrupts and resumes one run after the other: memory and file descriptors stay flat."""
+    expected, problems = told(rays(None)), []
+    began = time.perf_counter()
+    interrupts = finished = 0
+    settled: tuple[int, int] | None = None
+    while time.perf_counter() - began < seconds:
+        folder = place / f"soak-{finished}"
+        while True:
+            limit = chance.randrange(32, 2500)
+
+            def stop(progress: fastvol.Progress, limit: int = limit) -> None:
+                if progress.n_done >= limit:
+                    raise KeyboardInterrupt
+
+            try:
+                result = rays(folder, callbacks=[stop])
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+        if told(result) != expected:
+            problems.append(f"run {finished} is another one")
+        finished += 1
+        if settled is None and finished == 3:
+            settled = _held()
+    descriptors, memory = _held()
+    first = settled or (descriptors, memory)
+    if descriptors > first[0]:
+        problems.append(f"file descriptors grew from {first[0]} to {descriptors}")
+    if memory > first[1] + (64 << 20):
+        problems.append(f"memory grew from {first[1] >> 20} to {memory >> 20} MiB")
+    return {
+        "seconds": seconds,
+        "interrupts": interrupts,
+        "runs_finished": finished,
+        "file_descriptors": [first[0], descriptors],
+        "resident_mib": [first[1] >> 20, memory >> 20],
+        "problems": problems,
+    }
+
+
+def _held() -> tuple[int, int]:
+    """Open file descriptors, and resident memory in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()
+
+
+def scaling(place: Path) -> dict[str, Any]:
+    """Two processes of one thread against one process of two, on a network of MNIST's size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+        )
+        x = torch.randn(600, 784)
+    y = model(x).argmax(dim=1)
+    plan = {**_PLAN, "dtype": "float32", "chunk": 1, "block": 64}
+
+    def call(threads: int) -> fastvol.VolumeEstimate:
+        own = {**plan, "threads": threads, "noise_threads": threads}
+        return fastvol.estimate(
+            model, F.cross_entropy, data=(x, y), n=2048, metric="filter", method="radial", plan=own
+        )
+
+    def seconds(size: int, threads: int) -> float:
+        answers = place / f"scaling-{size}-{time.monotonic_ns()}"
+        answers.mkdir()
+        began = time.perf_counter()
+        codes = _wait(_ranks(size, lambda: call(threads), answers, patience=30.0), 1200)
+        if codes != [0] * size:
+            raise RuntimeError(f"processes ended with {codes}")
+        return time.perf_counter() - began
+
+    two, one = [], []
+    for _ in range(3):
+        two.append(seconds(2, 1))
+        one.append(seconds(1, 2))
+    ratio = float(np.median(np.array(one) / np.array(two)))
+    problems = [] if ratio >= 1.0 else [f"two processes take {1 / ratio:.2f} times as long"]
+    return {"one_process": one, "two_processes": two, "ratio": ratio, "problems": problems}

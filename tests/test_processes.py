@@ -1,0 +1,277 @@
+"""Many processes or devices are one run: the same numbers, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import calls
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastvol
+from fastvol import FastvolError, _processes
+from fastvol._processes import Team
+from fastvol.checkpoints.inspection import Contents
+
+ROOT = Path(__file__).parents[1]
+CALLS = str(Path(__file__).with_name("calls.py"))
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without distributed")
+
+
+def started(
+    size: int, out: Path, names: Sequence[str], **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Processes as a scheduler starts them, with the environment that torchrun prepares."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    processes = []
+    for rank in range(size):
+        own = {
+            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+            "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment,
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, CALLS, str(out), *names],
+                cwd=ROOT,
+                env={**os.environ, **own},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    return processes
+
+
+def finished(processes: list[subprocess.Popen[str]], timeout: float = 120.0) -> list[str]:
+    """Their output, once all have ended."""
+    deadline = time.monotonic() + timeout
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=deadline - time.monotonic())[0])
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs
+
+
+def found(out: Path, name: str, size: int) -> list[dict[str, Any]]:
+    return [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(size)]
+
+
+def plain(result: fastvol.VolumeEstimate) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(json.dumps(calls.told(result)))
+    return told
+
+
+def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
+    names = ["alone", "kept", "law", "chains", "measured", "other seeds", "one fails", "alone"]
+    processes = started(4, tmp_path, names)
+    outputs = finished(processes)
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    expected = {
+        "alone": calls.rays(),
+        "kept": calls.rays(),
+        "law": calls.rays(method="preconditioned", preconditioner="hessian"),
+        "chains": calls.chains(),
+    }
+    for name, result in expected.items():
+        assert found(tmp_path, name, 4) == [plain(result)] * 4, name
+    measured = found(tmp_path, "measured", 4)
+    assert measured == [measured[0]] * 4
+    for name, words in (("other seeds", "seed is "), ("one fails", "the cat sat on it")):
+        for told in found(tmp_path, name, 4):
+            assert words in told["error"]
+    # Another number of processes goes on with what four have done.
+    kept = Contents.of(tmp_path / "run")
+    assert kept.thresholds[0].directions == 200
+    assert not kept.damaged
+    more = calls.rays(checkpoint=tmp_path / "run", n=260)
+    assert plain(more) == plain(calls.rays(n=260))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_ends_all_and_costs_nothing(victim: int, tmp_path: Path) -> None:
+    processes = started(3, tmp_path, [f"rank {victim} 700"])
+    processes[victim].wait(120)
+    died = time.monotonic()
+    outputs = finished(processes)
+    assert time.monotonic() - died < 55
+    codes = [process.returncode for process in processes]
+    assert codes[victim] == -signal.SIGKILL
+    assert all(code != 0 for code in codes), outputs
+    others = "".join(text for rank, text in enumerate(outputs) if rank != victim)
+    assert "the same call continues" in others
+    kept = Contents.of(tmp_path / "run").thresholds[0]
+    assert kept.blocks > 3
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("0*.safetensors")}
+    n = 16 * (kept.blocks + 5)
+    resumed = calls.rays(checkpoint=tmp_path / "run", n=n)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    if victim:
+        assert plain(resumed) == plain(calls.rays(n=n))
+
+
+def test_torchrun_and_an_open_group(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        CALLS, str(tmp_path), "kept",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment["FASTVOL_TEST_INIT"] = "env://"
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert found(tmp_path, "kept", 2) == [plain(calls.rays())] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"antithetic": True}])
+def test_several_devices_of_one_process(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = calls.rays(**options)
+    both = calls.rays(device=["cpu", "cpu", "cpu"], checkpoint=tmp_path, **options)
+    assert plain(both) == plain(whole)
+    assert both.provenance["devices"] == ["cpu", "cpu", "cpu"]
+    assert plain(calls.rays(device="all", checkpoint=tmp_path, **options)) == plain(whole)
+
+
+def test_a_device_that_fails_ends_the_others() -> None:
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.copies = 0
+            self.seen = 0
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Loss:
+            self.copies += 1
+            copy = Loss()
+            copy.copies = -1
+            return copy
+
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            if self.copies < 0 and self.seen > 40:
+                raise RuntimeError("a device fell off the bus")
+            return (output - target).square().mean()
+
+    threads = threading.active_count()
+    with pytest.raises(FastvolError, match="fell off the bus"):
+        calls.rays(device=["cpu", "cpu"], loss_fn=Loss())
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("device", [["cpu", "meta"], ["meta"], [], ["cpu", "nowhere"], [None]])
+def test_devices_that_do_not_do(device: Any) -> None:
+    with pytest.raises(ValueError, match="device"):
+        calls.rays(device=device)
+
+
+class Crew:
+    """Some members of a team, each on a thread, over a store of this process."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_processes, "_BEAT", 0.05)
+        monkeypatch.setattr(_processes, "_PATIENCE", 0.5)
+        store = dist.HashStore()
+        store.set_timeout(datetime.timedelta(seconds=5))
+        self.results: dict[int, Any] = {}
+        self._size, self._store = size, store
+
+    def each(self, work: Any) -> dict[int, Any]:
+        def run(rank: int) -> None:
+            try:
+                self.results[rank] = work(Team(self._store, rank, self._size))
+            except BaseException as error:
+                self.results[rank] = error
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(self._size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return self.results
+
+
+def claims(team: Team, job: str) -> Iterator[int]:
+    while True:
+        yield team.claim(job)
+
+
+def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processes, "_CHUNK", 1000)
+    messages = [b"", b"x", bytes(999), bytes(range(250)) * 4, np.arange(5000.0).tobytes()]
+
+    def work(team: Team) -> Any:
+        heard = []
+        for message in messages:
+            if team.leads:
+                team.publish(message)
+            else:
+                heard.append(team.receive())
+        job = team.job()
+        claimed = list(itertools.takewhile(lambda number: number < 50, claims(team, job)))
+        if team.leads:
+            sent = []
+            while len(sent) < team.size - 1:
+                for rank in range(1, team.size):
+                    data = team.collect(job, 1000 + rank)
+                    if data is not None:
+                        sent.append((rank, data))
+            assert team.collect(job, 1001) is None
+            heard = sorted(sent)
+        else:
+            team.send(job, 1000 + team.rank, bytes([team.rank]) * 3000)
+        team.close(None)
+        return heard, claimed
+
+    results = Crew(3, monkeypatch).each(work)
+    assert results[1][0] == results[2][0] == messages
+    assert results[0][0] == [(1, b"\1" * 3000), (2, b"\2" * 3000)]
+    assert sorted(number for _, claimed in results.values() for number in claimed) == list(
+        range(50)
+    )
+
+
+def test_who_falls_silent_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(team: Team) -> None:
+        if team.rank == 1:
+            # Its thread of beats ends, and it says nothing more.
+            team._closing.set()
+            return
+        team.close(None) if team.leads else team.receive()
+
+    results = Crew(3, monkeypatch).each(work)
+    for rank in (0, 2):
+        assert isinstance(results[rank], FastvolError)
+        assert "rank 1 has not been heard of" in str(results[rank])
+
+
+def test_who_never_calls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processes, "_ROLL_CALL", 0.2)
+    with pytest.raises(FastvolError, match="rank 1 of 2 has not made the same call"):
+        Team(dist.HashStore(), 0, 2)
+
+
+def test_without_others_there_is_no_team() -> None:
+    with _processes.team() as alone:
+        assert alone is None
