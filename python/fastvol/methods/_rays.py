@@ -94,7 +94,7 @@ class Searcher:
             arrays["reentrant"] = rays.reentrant
         arrays |= {"log_radii": rays.log_radii, "status": rays.status}
         # Of other runs these are zero.
-        if problem.offset is not None:
+        if problem.is_centred_elsewhere:
             arrays["shift"] = rays.shift
         if self._law is not None:
             arrays["log_offset"] = rays.log_offset
