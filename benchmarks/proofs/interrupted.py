@@ -60,10 +60,11 @@ def run(short: bool) -> dict[str, Any]:
             "damage": damage(place, chance, 6 if short else 100),
             "world_sizes": world_sizes(place),
             "kills_of_a_rank": rank_kills(place, chance, 2 if short else 50),
+            "merge": merge(place),
             "soak": soak(place, chance, 2.0 if short else 1800.0),
         }
         if not short:
-            found["scaling"] = scaling(place)
+            found |= {"overhead": overhead(place), "scaling": scaling(place)}
     problems = [
         f"{name}: {problem}" for name, told in found.items() for problem in told.pop("problems")
     ]
@@ -398,6 +399,48 @@ def _held() -> tuple[int, int]:
     """Open file descriptors, and resident memory in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()
+
+
+def merge(place: Path, count: int = 1000, block: int = 1000) -> dict[str, Any]:
+    """What it takes to make a result of a million directions in a thousand blocks."""
+    plan = {**_PLAN, "block": block}
+    call: dict[str, Any] = {"plan": plan, "first_crossing": True}
+    folder = place / "merged"
+    rays(folder, n=block, **call)
+    blocks = next(folder.glob("threshold-*/blocks"))
+    first = files.read_piece(blocks / "00000000.safetensors")
+    for i in range(1, count):
+        info = {**first.info, "first": i * block}
+        data = files.Piece(first.arrays, info).to_bytes()
+        (blocks / f"{i:08d}.safetensors").write_bytes(data)
+
+    def seconds(n: int) -> float:
+        began = time.perf_counter()
+        rays(folder, n=n, **call)
+        return time.perf_counter() - began
+
+    few, many = seconds(block), seconds(count * block)
+    problems = [] if many - few < 2.0 else [f"{many - few:.2f} s"]
+    return {
+        "blocks": count,
+        "directions": count * block,
+        "seconds": many - few,
+        "problems": problems,
+    }
+
+
+def overhead(place: Path, rounds: int = 5) -> dict[str, Any]:
+    """What keeping blocks of the default size costs the cheapest network there is, in turns."""
+    plan = {**_PLAN, "block": 1024, "lanes": 64, "chunk": 64}
+    without, kept = [], []
+    for i in range(rounds):
+        for folder, times in ((None, without), (place / f"overhead-{i}", kept)):
+            began = time.perf_counter()
+            rays(folder, n=81_920, plan=plan)
+            times.append(time.perf_counter() - began)
+    ratio = min(kept) / min(without)
+    problems = [] if ratio <= 1.02 else [f"{ratio - 1:.1%}"]
+    return {"without": without, "kept": kept, "ratio": ratio, "problems": problems}
 
 
 def scaling(place: Path) -> dict[str, Any]:
