@@ -98,7 +98,7 @@ class Searcher:
             arrays["shift"] = rays.shift
         if self._law is not None:
             arrays["log_offset"] = rays.log_offset
-        return Piece(arrays, {"n_loss": self._n_loss - before})
+        return Piece(arrays, {"first": int(ids[0]), "n_loss": self._n_loss - before})
 
     def scanned(self, rays: Rays, ids: Int) -> Piece:
         """A scan of the rays ``ids``; ``rays`` stays as it is."""
@@ -302,7 +302,8 @@ def _search(
     n_loss = n_done = 0
 
     def fits(number: int, piece: Piece) -> bool:
-        return len(piece.arrays["log_radii"]) >= min(block, n - number * block)
+        enough = len(piece.arrays["log_radii"]) >= min(block, n - number * block)
+        return enough and piece.info["first"] == number * block
 
     work.note(0, n)
     pieces = work.pieces(
