@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each process of the tests takes half a gigabyte.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -name '*.?pp' -o -name '*.py' -o -name '*.pyi')
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.package  ## measure a trained network and its poisoned twin
 	$(BIN)/fastvol demo
 
 test: $(VENV)/.package $(VENV)/.extra-test  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.extra-dev  ## what pre-commit runs
 	$(BIN)/ruff check .
