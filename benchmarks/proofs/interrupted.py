@@ -56,7 +56,7 @@ def run(short: bool) -> dict[str, Any]:
         place = Path(folder)
         found = {
             "kills_of_rays": kills(rays, place, chance, 10 if short else 150),
-            "kills_of_chains": kills(chains, place, chance, 5 if short else 50),
+            "kills_of_chains": kills(chains, place, chance, 3 if short else 50),
             "damage": damage(place, chance, 6 if short else 100),
             "world_sizes": world_sizes(place),
             "kills_of_a_rank": rank_kills(
@@ -94,7 +94,7 @@ def rays(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
 def chains(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
     """Three runs of chains."""
     body = bodies.ellipsoid(10, 1e3)
-    settings = {"n": 500, "threshold": 1.0, "method": "annealed", "preconditioner": None, **options}
+    settings = {"n": 300, "threshold": 1.0, "method": "annealed", "preconditioner": None, **options}
     return fastvol.estimate(
         body.model(), bodies.loss, checkpoint=folder, progress=False, plan=_PLAN, **settings
     )
