@@ -4,8 +4,7 @@ On small networks the prior mass of all solutions together is set against the ma
 training finds, times its symmetric copies. Solutions drawn from the prior are set against solutions
 of gradient descent: their test accuracy at equal training loss, and whether they are of one class.
 
-Copies of one star may overlap, so basin times copies is at most too large: what is left over of the
-prior mass is a lower bound on the number of classes.
+Copies of one star may overlap, so basin times copies may be more than all of them hold together.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import fastvol
 
 from ..base import figures
 from ..base.cache import Outcome
-from ..base.laboratory import Laboratory, Probe, Run, Training
+from ..base.laboratory import Basin, Laboratory, Probe, Run, Training
 from ..base.losses import LOSSES
 from ..base.networks import Net
 from ..base.samples import Sample
@@ -73,7 +72,9 @@ class Settings:
 
 SETTINGS = {
     "smoke": Settings(3, 1.0, 0.2, (4, 8), 2, 2e-2, 800, 2e4, "preconditioned", 1000),
-    "small": Settings(6, 1.0, 0.1, (4, 8, 16, 32), 10, 1e-2, 10_000, 1e6, "preconditioned", 50_000),
+    "small": Settings(
+        6, 1.0, 0.1, (4, 8, 16, 32), 10, 1e-2, 10_000, 1e6, "preconditioned", 200_000
+    ),
     "paper": Settings(
         8, 1.0, 0.1, (4, 8, 16, 32, 64), 30, 1e-2, 20_000, 2e7, "preconditioned", 1_000_000
     ),
@@ -113,7 +114,7 @@ def _size(laboratory: Laboratory, settings: Settings, size: int) -> dict[str, An
     basins = laboratory.measure(
         [Probe(run, run.training.sample, how) for run in settled], f"{size}: basins"
     )
-    found = [describe(basin.volume) for basin in basins]
+    found = [_vouched(basin) for basin in basins]
     log_copies = float(fastvol.symmetry_log_count(settings.net.build(laboratory.pool(_POOL))))
     prior = outcome.facts["prior"]
     assert outcome.tensors is not None
@@ -140,9 +141,19 @@ def _size(laboratory: Laboratory, settings: Settings, size: int) -> dict[str, An
             "value": largest["value"] + log_copies,
             "bound": None,
         }
-        if prior["bound"] is None:
-            row["log_classes_at_least"] = prior["value"] - largest["value"] - log_copies
     return row
+
+
+def _vouched(basin: Basin) -> dict[str, Any]:
+    """The basin's mass; where it is not reliable what it exceeds with 95 % confidence.
+
+    Few heavy rays can put an estimate above the truth, and the largest of several all the more.
+    """
+    entry = describe(basin.volume)
+    if basin.volume is None or basin.volume.reliable:
+        return entry
+    bound = basin.volume.lower_bound(0.95)
+    return {**entry, "estimate": entry["value"], "value": bound}
 
 
 def _prior_unit(laboratory: Laboratory, settings: Settings, size: int) -> Unit:
