@@ -146,6 +146,15 @@ def test_torchrun_and_an_open_group(tmp_path: Path) -> None:
     assert found(tmp_path, "kept", 2) == [plain(calls.rays())] * 2
 
 
+def test_one_of_several_processes_may_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plain(calls.rays())
+    # Nobody answers there.
+    prepared = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in prepared.items():
+        monkeypatch.setenv(name, value)
+    assert plain(calls.rays(distributed=False)) == whole
+
+
 @pytest.mark.parametrize("options", [{}, {"antithetic": True}])
 def test_several_devices_of_one_process(options: dict[str, Any], tmp_path: Path) -> None:
     whole = calls.rays(**options)

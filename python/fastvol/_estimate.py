@@ -98,6 +98,7 @@ def estimate(  # type: ignore[misc]
     plan: Mapping[str, Any] | None = None,
     checkpoint: Any = None,
     on_interrupt: str = "raise",
+    distributed: bool = True,
     progress: bool = True,
     callbacks: Iterable[Callable[[Progress], Any]] = (),
 ) -> VolumeEstimate | list[VolumeEstimate]:
@@ -187,6 +188,8 @@ def estimate(  # type: ignore[misc]
         on_interrupt: ``"return"`` gives, after Ctrl-C or SIGTERM, the estimate from the directions
             settled so far, with a warning; ``"raise"`` an :class:`Interrupted`. Chains have no
             partial estimate, and raise.
+        distributed: share the work with the other processes of a process group, or of ``torchrun``,
+            which all have to make the same call; ``False`` where one of them calls alone.
         progress: show a progress bar on a terminal.
         callbacks: each is called with a :class:`Progress` after every block of directions of
             independent rays: 1,024 of them, on a GPU 8,192.
@@ -234,6 +237,7 @@ def estimate(  # type: ignore[misc]
     lane_count = None if is_auto(lanes) else whole(lanes, "lanes", least=1)
     paired = False if is_auto(antithetic) else boolean(antithetic, "antithetic")
     first_crossing = boolean(first_crossing, "first_crossing")
+    distributed = boolean(distributed, "distributed")
     progress = boolean(progress, "progress")
     calls = _callables(callbacks)
     if not isinstance(measure, (Lebesgue, Gaussian)):
@@ -271,7 +275,7 @@ def estimate(  # type: ignore[misc]
 
     with (
         interruptible(work),
-        nullcontext() if layout.is_sharded else team() as work.team,
+        team() if distributed and not layout.is_sharded else nullcontext() as work.team,
         preserved(inner, layout),
         Threads(given_plan),
         quiet_vmap(),

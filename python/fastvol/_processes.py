@@ -187,7 +187,8 @@ class Team:
                 if time.monotonic() > deadline:
                     raise FastvolError(
                         f"rank {rank} of {self.size} has not made the same call within "
-                        f"{_ROLL_CALL:.0f} s: in a process group every process has to"
+                        f"{_ROLL_CALL:.0f} s: in a process group every process has to, unless "
+                        "distributed=False"
                     )
                 time.sleep(0.01)
 
