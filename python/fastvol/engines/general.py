@@ -59,6 +59,7 @@ class Plan:
         reason: why this chunk, in words.
         rows: examples that the layered engine takes at once; 0 is a whole batch.
         cached: whether it keeps what is linear in the parameters for all radii of a direction.
+        workers: threads of the layered engine that take some of the lanes each.
         screening: what a search looks at first to learn where to begin: ``"off"``, ``"subset"`` (of
             ``screen_examples`` examples), ``"bfloat16"``, ``"subset in bfloat16"``, or
             ``"unmeasured"``: then a run measures which of them pays.
@@ -78,6 +79,7 @@ class Plan:
     reason: str = ""
     rows: int = 0
     cached: bool = False
+    workers: int = 1
     screening: str = "unmeasured"
     screen_examples: int = 0
     screen_offset: float = 0.0
@@ -121,7 +123,7 @@ class Plan:
             )
         cores = os.cpu_count() or 1
         most = {"chunk": 2**16, "lanes": 2**16, "block": 2**16}
-        for name in (*most, "threads", "noise_threads"):
+        for name in (*most, "threads", "noise_threads", "workers"):
             count = getattr(plan, name)
             if type(count) is not int or not 1 <= count <= most.get(name, cores):
                 raise ValueError(

@@ -28,6 +28,7 @@ from .general import (
 from .inplace import InPlaceEngine
 from .layered import LayeredEngine, UntraceableError
 from .memory import Peak, rows_bytes
+from .parallel import ParallelEngine
 from .protocol import Engine, Float, Indexed
 
 _LANES_OF_STREAMS = 32
@@ -74,9 +75,33 @@ def open_engine(
     if plan.engine == "general":
         return GeneralEngine(objective, layout, flat, plan, backend, project)
     try:
-        return LayeredEngine(objective, layout, flat, plan, backend, project, rowspace=rowspace)
+        return _layered(objective, layout, flat, plan, backend, project, rowspace=rowspace)
     except UntraceableError as error:
         raise ValueError(f"plan: the layered engine cannot run this model: {error}") from error
+
+
+def _layered(
+    objective: Objective,
+    layout: ParameterLayout,
+    scale: Tensor,
+    plan: Plan,
+    backend: Backend,
+    project: Tensor | None = None,
+    *,
+    rowspace: bool = False,
+) -> LayeredEngine | ParallelEngine:
+    """The layered engine of a plan, or as many as it has workers."""
+    workers = min(plan.workers, plan.lanes)
+    if workers == 1:
+        return LayeredEngine(objective, layout, scale, plan, backend, project, rowspace=rowspace)
+    engines = []
+    for i in range(workers):
+        lanes = (plan.lanes + i) // workers
+        own = replace(plan, lanes=lanes, chunk=min(plan.chunk, lanes), noise_threads=1, workers=1)
+        engines.append(
+            LayeredEngine(objective, layout, scale, own, backend, project, rowspace=rowspace)
+        )
+    return ParallelEngine(engines)
 
 
 def large_bytes(device: torch.device) -> int:
@@ -271,6 +296,19 @@ def _layered_plan(
         found = attempt(best)
         if found < _BETTER * fastest:
             best, fastest = replace(best, threads=other), found
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+            chunk = best.chunk if lanes is None else max(1, lanes // most_threads)
+            each = replace(
+                best,
+                chunk=chunk,
+                lanes=lanes or min(most_threads * chunk, block),
+                threads=1,
+                workers=most_threads,
+            )
+            found = attempt(each)
+            if found < _BETTER * fastest:
+                best, fastest = each, found
         torch.set_num_threads(best.threads)
     return best, fastest
 
@@ -314,7 +352,7 @@ class _Trial:
         objective, layout, scale, backend = self.setting
         return GeneralEngine(objective, layout, scale, plan, backend)
 
-    def open(self, plan: Plan) -> LayeredEngine:
+    def open(self, plan: Plan) -> LayeredEngine | ParallelEngine:
         """The layered engine of a plan.
 
         Raises:
@@ -322,7 +360,7 @@ class _Trial:
         """
         try:
             objective, layout, scale, backend = self.setting
-            engine = LayeredEngine(objective, layout, scale, plan, backend)
+            engine = _layered(objective, layout, scale, plan, backend)
             values = self._probe(engine)
         except UntraceableError:
             raise

@@ -22,6 +22,7 @@ from .._problem import Problem
 from .._proposal import Proposal
 from .._reference.search import Status
 from ..engines import Engine, GeneralEngine
+from ..engines.parallel import ParallelEngine
 from ._decisions import Decision
 from ._search import Pilot, RayLoss, pilot_source, settle
 
@@ -74,7 +75,7 @@ class Screen:
                 )
             objective = thinned
         engine = problem.engine(objective=objective)
-        if not isinstance(engine, GeneralEngine):
+        if not isinstance(engine, (GeneralEngine, ParallelEngine)):
             raise ValueError(f"plan: the {plan.engine} engine has no screen")
         engine.coarse = plan.screening.endswith("bfloat16")
         self._problem, self._threshold = problem, threshold
