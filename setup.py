@@ -15,16 +15,28 @@ from setuptools.command.build_ext import build_ext
 FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 
 
-def program(name: str) -> str:
+def find(name: str) -> str | None:
     """Path of a build tool: that of the Python package if it is there, else the first on PATH."""
     try:
         folder = getattr(importlib.import_module(name), FOLDERS[name], None)
     except ImportError:
         folder = None
-    found = shutil.which(name, path=folder) or shutil.which(name)
+    return shutil.which(name, path=folder) or shutil.which(name)
+
+
+def program(name: str) -> str:
+    """Path of a build tool that has to be there."""
+    found = find(name)
     if found is None:
         raise RuntimeError(f"fastvol's extension is built with {name}: `pip install {name}` first")
     return found
+
+
+def generator() -> list[str]:
+    """CMake's options for Ninja; where only make is there, for that."""
+    if find("ninja") is None and shutil.which("make") is not None:
+        return ["-G", "Unix Makefiles"]
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
 
 
 class CMakeBuild(build_ext):
@@ -40,9 +52,7 @@ class CMakeBuild(build_ext):
             str(source),
             "-B",
             str(build),
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            *generator(),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -50,7 +60,9 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
-        subprocess.run([program("cmake"), "--build", str(build)], check=True)
+        # Ninja takes what the machine has by itself; make one core.
+        jobs = [] if "Ninja" in configure else ["--parallel", str(os.cpu_count() or 1)]
+        subprocess.run([program("cmake"), "--build", str(build), *jobs], check=True)
         if not target.exists():
             raise RuntimeError(f"CMake did not build {target}")
 

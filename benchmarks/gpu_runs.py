@@ -125,7 +125,7 @@ def agreement(bench: Bench) -> Iterator[Row]:
         inputs=problem.inputs.cpu(),
         targets=problem.targets.cpu(),
     )
-    wanted = bench.estimate(host, n, backend="cpp")
+    wanted = bench.estimate(host, n, backend="auto")
     for name, rounded in (("", False), (", tf32", True)):
         with card.tf32(rounded):
             found = bench.estimate(problem, n)
