@@ -17,6 +17,7 @@ from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
 from ._problem import Problem, Progress, typical_radius
+from ._precision import products
 from ._running import Threads, quiet_vmap, read_plan
 from ._scale import Scale
 from ._sharding import reshard
@@ -238,7 +239,7 @@ def estimate(  # type: ignore[misc]
             "use method='radial'"
         )
 
-    with preserved(inner, layout), Threads(given_plan), quiet_vmap():
+    with preserved(inner, layout), Threads(given_plan), quiet_vmap(), products(tf32=False):
         objective = Objective(inner, loss_fn, data, layout.device, layout.group)
         if writing:
             layout.keep()

@@ -19,6 +19,7 @@ from ._objective import PREFIX, Objective
 from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, thinned
 from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
+from ._precision import products
 from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from .engines import measure_plan, warn_of_single_rays
@@ -126,7 +127,7 @@ def prior_mass(
 
     given = None if plan is None else read_plan(plan, backend, layout, None)
 
-    with preserved(inner), Threads(given), quiet_vmap():
+    with preserved(inner), Threads(given), quiet_vmap(), products(tf32=False):
         objective = Objective(inner, loss_fn, data, layout.device)
         objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         if given is None:
