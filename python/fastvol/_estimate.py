@@ -16,8 +16,8 @@ from . import _backend, engines, methods
 from ._arguments import boolean, is_auto, numbers_of, positive, string, whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
-from ._problem import Problem, Progress, typical_radius
 from ._precision import products
+from ._problem import Problem, Progress, typical_radius
 from ._running import Threads, quiet_vmap, read_plan
 from ._scale import Scale
 from ._sharding import reshard

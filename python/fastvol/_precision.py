@@ -1,4 +1,4 @@
-"""Products of float32 matrices as exact as float32, whatever the caller lets PyTorch do elsewhere."""
+"""Products of float32 matrices as exact as float32, whatever PyTorch may do elsewhere."""
 
 from __future__ import annotations
 

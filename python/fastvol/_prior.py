@@ -16,10 +16,10 @@ from . import _backend
 from ._arguments import boolean, is_auto, numbers_of, whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
+from ._precision import products
 from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, thinned
 from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
-from ._precision import products
 from ._running import Threads, quiet_vmap, read_plan
 from ._state import preserved, unwrap
 from .engines import measure_plan, warn_of_single_rays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -264,12 +264,15 @@ def _layered_plan(
         return float("inf") if peak.is_too_high else found
 
     fusible = device.type == "cuda" and trial.setting[3].name == "triton"
-    for variants in _variants(most_lanes, trial.examples, groups, chunks, lambda: best, fusible):
+    # The variants look at the best plan so far.
+    found_yet = [best]
+    for variants in _variants(most_lanes, trial.examples, groups, chunks, found_yet, fusible):
         worse = 0
         for variant in variants:
             found = attempt(replace(best, **variant))
             if found < _BETTER * fastest:
                 best, fastest, worse = replace(best, **variant), found, 0
+                found_yet[0] = best
             else:
                 worse += 1
             if worse == 2:
@@ -289,7 +292,7 @@ def _variants(
     examples: int,
     groups: int,
     chunks: tuple[int, ...],
-    best: Callable[[], Plan],
+    best: list[Plan],
     fusible: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """Changes to try, one list after the other; of each the first that helps no more ends it."""
@@ -302,9 +305,9 @@ def _variants(
     yield sizes
     if fusible:
         # Then larger sizes, for which the other form may have had no memory.
-        chunk = best().chunk
+        chunk = best[0].chunk
         yield [{"fused": True}]
-        if best().fused:
+        if best[0].fused:
             yield [size for size in sizes if size["chunk"] > chunk]
     yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
 

@@ -167,7 +167,8 @@ def linear_kernel(
     """PARTS tiles of ROWS rows of one lane, by one tile of outputs.
 
     With STAGED, ``weight`` holds the weights of every lane as they are. With HAS_BASE the layer
-    sees act(base + coefficient·x), made as it is read. EMULATED means in the interpreter, where matrices of bfloat16 cannot be multiplied: their entries are rounded only.
+    sees act(base + coefficient·x), made as it is read. EMULATED means in the interpreter, where
+    matrices of bfloat16 cannot be multiplied: their entries are rounded only.
     """
     output_tiles = PHASES * tl.cdiv(tl.cdiv(outputs, PHASES), OUTPUTS)
     row_tiles = tl.cdiv(rows, ROWS * PARTS)
@@ -627,12 +628,20 @@ def _layer(
             "PHASES": _phases(inputs) if alone else 1,
             "ALIGNED": not alone or (directions.offset % 4 == 0 and inputs % 4 == 0),
             "ACTIVATION": activation,
-            "PRECISION": _INPUT_PRECISION[_spelled(precision, x.device)],
+            # All are float32 in the interpreter, which does not know every name.
+            "PRECISION": "ieee" if emulated else _INPUT_PRECISION[_spelled(precision, x.device)],
             "BF16": precision == "bf16",
             "EMULATED": emulated,
             "EMULATED_END": inputs + 3 if emulated else None,
         },
-        fixed=_fixed(rows, precision, alone and inputs % 8 == 0, _capability(x.device), emulated),
+        fixed=_fixed(
+            rows,
+            precision,
+            alone and inputs % 8 == 0,
+            # What is made of x as it is read goes through registers, as operands do below 90.
+            80 if ends.base is not None else _capability(x.device),
+            emulated,
+        ),
         candidates=_CANDIDATES,
         key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
     )
