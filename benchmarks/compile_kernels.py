@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvol import kernels
-from fastvol.kernels import linear, noise
+from fastvol.kernels import linear, noise, pointwise
 
 # H200: multiprocessors, clock in GHz.
 PROCESSORS, CLOCK = 132, 1.98
@@ -102,6 +103,7 @@ def recorded(call: Callable[[], object], capability: int) -> Launch:
     with (
         patch.object(noise, "launch", record),
         patch.object(linear, "launch", record),
+        patch.object(pointwise, "launch", record),
         patch.object(linear, "_capability", lambda _: capability),
     ):
         call()
@@ -270,7 +272,7 @@ def calls() -> dict[str, Callable[[], object]]:
     found["reductions with a projection"] = lambda: kernels.direction_reductions(
         d, 5, 0, ids, device="meta", project=_tensor(d, dtype=double)
     )
-    for precision in ("bf16", "tf32", "tf32x3", "ieee"):
+    for precision in ("bf16", "tf32", "tf32x3", "bf16x3", "ieee"):
         dtype = bf16 if precision == "bf16" else torch.float32
 
         def mlp(precision: str = precision, dtype: torch.dtype = dtype) -> object:
@@ -299,6 +301,39 @@ def calls() -> dict[str, Callable[[], object]]:
                 bias=True,
                 scale=_tensor(256),
                 precision=precision,
+            )
+
+        def first_in_place(precision: str = precision) -> object:
+            return kernels.direction_linear(
+                _tensor(600, 784),
+                256,
+                5,
+                0,
+                ids,
+                bias=True,
+                scale=_tensor(256),
+                precision=precision,
+                out=_tensor(k, 600, 256),
+                places=_tensor(k, dtype=torch.int64),
+            )
+
+        def second(precision: str = precision, dtype: torch.dtype = dtype) -> object:
+            return kernels.perturbed_linear(
+                _tensor(k, 600, 256),
+                _tensor(128, 256),
+                _tensor(128),
+                c,
+                5,
+                0,
+                ids,
+                offset=200_960,
+                scale=_tensor(128),
+                activation="relu",
+                precision=precision,
+                base=_tensor(600, 256),
+                base_activation="relu",
+                places=_tensor(k, dtype=torch.int64),
+                dtype=dtype,
             )
 
         def last(precision: str = precision, dtype: torch.dtype = dtype) -> object:
@@ -332,8 +367,20 @@ def calls() -> dict[str, Callable[[], object]]:
 
         found[f"perturbed_linear 600x256x256 {precision}"] = mlp
         found[f"direction_linear 600x784x256 {precision}"] = first
+        found[f"direction_linear 600x784x256 in place {precision}"] = first_in_place
+        found[f"perturbed_linear 600x256x128 from changes {precision}"] = second
         found[f"perturbed_linear 600x63x10 unaligned {precision}"] = last
         found[f"perturbed_conv2d 16x14x14 to 32 {precision}"] = convolution
+    for activation, dtype in (("relu", torch.float32), ("relu", bf16), ("gelu", torch.float32)):
+        found[f"scaled_add 600x256 {activation} to {str(dtype)[6:]}"] = partial(
+            kernels.scaled_add,
+            _tensor(600, 256),
+            _tensor(k, 600, 256),
+            c,
+            places=_tensor(k, dtype=torch.int64),
+            activation=activation,
+            dtype=dtype,
+        )
     found["filters of perturbed_conv2d"] = lambda: linear._staged(
         _tensor(32, 16, 3, 3),
         torch.Size((32, 16, 3, 3)),

@@ -20,9 +20,9 @@ import torch
 import fastvol
 
 from .gpu_bench import Bench, Row, SkippedError
-from .gpu_kernels import limits, linear, noise, perturb, step
+from .gpu_kernels import limits, linear, noise, parts, perturb, step
 from .gpu_language import language
-from .gpu_runs import agreement, gap, million, networks_of_images
+from .gpu_runs import agreement, fused, gap, million, networks_of_images
 from .record import RESULTS, record
 
 ROWS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
@@ -30,9 +30,11 @@ ROWS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
     perturb,
     noise,
     linear,
+    parts,
     step,
     agreement,
     million,
+    fused,
     gap,
     networks_of_images,
     language,

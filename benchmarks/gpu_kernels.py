@@ -129,6 +129,63 @@ def _materialised(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor, moved: Ten
     return torch.baddbmm(bias, x, moved.to(x.dtype).mT).relu_()
 
 
+def parts(bench: Bench) -> Iterator[Row]:
+    """What the layered engine spends on a direction of the MNIST MLP, layer by layer."""
+    kernels, device = kernels_of(), bench.device
+    lanes, rows = bench.size(512, 2), bench.size(600, 5)
+    width_in, width, width_out = (784, 256, 128) if not bench.smoke else (20, 9, 3)
+    x = torch.randn(rows, width_in, device=device)
+    weight = torch.randn(width_out, width, device=device)
+    base = torch.randn(rows, width, device=device)
+    change = torch.empty(lanes, rows, width, device=device)
+    ids = torch.arange(lanes, device=device)
+    c = torch.full((lanes,), 0.1, dtype=torch.float64, device=device)
+
+    def told(name: str, flops: float, call: partial[Tensor]) -> Row:
+        spent = card.seconds(call, device, repeats=5)
+        return row(
+            f"{name}, {lanes} directions",
+            f"{spent / lanes * 1e6:.4g} µs a direction, {flops * lanes / spent / 1e12:.4g} TFLOP/s",
+            seconds_per_direction=spent / lanes,
+            flops_per_second=flops * lanes / spent,
+        )
+
+    for precision in ("fp32", "bf16x3", "tf32", "bf16"):
+        call = partial(
+            kernels.direction_linear, x, width, 1, 0, ids, precision=precision, out=change
+        )
+        yield told(f"x·Z of {width_in} → {width}, {precision}", 2.0 * rows * width_in * width, call)
+        call = partial(
+            kernels.perturbed_linear,
+            change,
+            weight,
+            None,
+            c,
+            1,
+            0,
+            ids,
+            base=base,
+            base_activation="relu",
+            activation="relu",
+            precision=precision,
+        )
+        yield told(
+            f"then relu and {width} → {width_out}, {precision}",
+            2.0 * rows * width * width_out,
+            call,
+        )
+    call = partial(kernels.scaled_add, base, change, c, activation="relu")
+    spent = card.seconds(call, device, repeats=5)
+    rate = 8 * change.numel() / spent
+    yield row(
+        f"scaled_add {lanes} × {rows} × {width}",
+        f"{spent / lanes * 1e6:.4g} µs a direction, {rate / bench.limits['copy']:.0%} of copying",
+        "≥ 80 %",
+        rate >= 0.8 * bench.limits["copy"],
+        seconds_per_direction=spent / lanes,
+    )
+
+
 def step(bench: Bench) -> Iterator[Row]:
     """One step of the searches from the logits of 600 images."""
     backends = {name: select(name) for name in ("triton", "torch")}

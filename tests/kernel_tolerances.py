@@ -16,7 +16,14 @@ NORMAL = {torch.float32: 1e-5, torch.float64: 1e-14}
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float64: 2**-52}
 # Each of the two operands of a product of matrices, which a matrix unit may cut off at the last
 # place that it knows; and sums that it may round downwards.
-PRODUCT = {"bf16": 2**-8, "tf32": 2**-10, "tf32x3": 5e-6, "ieee": 2e-6, "fp32": 5e-6}
+PRODUCT = {
+    "bf16": 2**-8,
+    "tf32": 2**-10,
+    "bf16x3": 2**-17,
+    "tf32x3": 5e-6,
+    "ieee": 2e-6,
+    "fp32": 5e-6,
+}
 
 
 def point(dtype: torch.dtype) -> float:

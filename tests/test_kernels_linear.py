@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 from fastvol import kernels
 from fastvol._reference import perturbed
+from fastvol.kernels.activations import ACTIVATIONS
 from fastvol.kernels.launch import interpreted
-from fastvol.kernels.linear import ACTIVATIONS, linear_kernel
+from fastvol.kernels.linear import linear_kernel
 
 INTERPRETED = interpreted(linear_kernel)
 DEVICE = "cpu" if INTERPRETED else "cuda"

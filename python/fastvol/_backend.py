@@ -29,7 +29,8 @@ class Backend:
     """The functions of one backend; the signatures are those of ``fastvol._reference``.
 
     ``write_normals`` is ``normals`` without waiting: what it returns stays on the device.
-    ``fell_back`` says what the backend leaves to another one, and why.
+    ``fell_back`` says what the backend leaves to another one, and why. What has no faster form in a
+    backend is the reference's.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Backend:
     perturb: Callable[..., None]
     ray_losses: Callable[..., tuple[Float, Bool]]
     threshold_step: Callable[..., None]
+    direction_reductions: Callable[..., tuple[Tensor, Tensor]]
+    direction_linear: Callable[..., Tensor]
+    direction_conv2d: Callable[..., Tensor]
+    perturbed_linear: Callable[..., Tensor]
+    perturbed_conv2d: Callable[..., Tensor]
+    scaled_add: Callable[..., Tensor]
     search: Callable[..., Any]
     log_ball_volume: Callable[[int], float]
     log_radial_lebesgue: Callable[..., Float]
@@ -112,7 +119,7 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import accumulate, losses, noise, radial, search, threshold_step
+    from ._reference import accumulate, losses, noise, perturbed, radial, search, threshold_step
 
     return Backend(
         name="torch",
@@ -121,6 +128,12 @@ def _torch_backend() -> Backend:
         perturb=noise.perturb,
         ray_losses=losses.ray_losses,
         threshold_step=threshold_step.threshold_step,
+        direction_reductions=noise.direction_reductions,
+        direction_linear=perturbed.direction_linear,
+        direction_conv2d=perturbed.direction_conv2d,
+        perturbed_linear=perturbed.perturbed_linear,
+        perturbed_conv2d=perturbed.perturbed_conv2d,
+        scaled_add=perturbed.scaled_add,
         search=search.search,
         log_ball_volume=radial.log_ball_volume,
         log_radial_lebesgue=radial.log_radial_lebesgue,
@@ -236,13 +249,13 @@ def _cpp_backend(core: Any) -> Backend:
         )
         return sums, outside
 
-    return Backend(
+    return replace(
+        reference,
         name="cpp",
         normals=normals,
         write_normals=_written(normals),
         perturb=perturb,
         ray_losses=ray_losses,
-        threshold_step=reference.threshold_step,
         search=core.search,
         log_ball_volume=core.log_ball_volume,
         log_radial_lebesgue=core.log_radial_lebesgue,
@@ -322,6 +335,25 @@ def _triton_backend(fallback: Backend) -> Backend:
             return losses.ray_losses(outputs, target, **options)
         return fallback.ray_losses(outputs, target, threads=threads, **options)
 
+    def layer(name: str) -> Callable[..., Tensor]:
+        before, kernel = getattr(fallback, name), getattr(kernels, name)
+
+        def function(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            known = runs(x, (torch.float32, torch.bfloat16, torch.float16))
+            result: Tensor = (kernel if known else before)(x, *args, **options)
+            return result
+
+        return function
+
+    def reductions(d: int, seed: int, stream: int, ids: Any, **options: Any) -> Any:
+        there = torch.device(options.get("device", "cpu"))
+        if there.type == "cuda":
+            # Without waiting, as above.
+            ids = torch.from_numpy(np.ascontiguousarray(ids)).to(there, non_blocking=True)
+        elif not interpreted:
+            return fallback.direction_reductions(d, seed, stream, ids, **options)
+        return kernels.direction_reductions(d, seed, stream, ids, **options)
+
     def step(state: Any, outputs: Tensor, target: Tensor | None, **options: Any) -> None:
         if runs(outputs, losses.DTYPES):
             threshold_step.threshold_step(state, outputs, target, **options)
@@ -336,6 +368,12 @@ def _triton_backend(fallback: Backend) -> Backend:
         perturb=chosen("perturb", exact),
         ray_losses=ray_losses,
         threshold_step=step,
+        direction_reductions=reductions,
+        direction_linear=layer("direction_linear"),
+        direction_conv2d=layer("direction_conv2d"),
+        perturbed_linear=layer("perturbed_linear"),
+        perturbed_conv2d=layer("perturbed_conv2d"),
+        scaled_add=layer("scaled_add"),
         fell_back=tuple(fell_back),
     )
 

@@ -20,6 +20,7 @@ from ._interrupts import interruptible
 from ._layout import ParameterLayout, ParameterSelector
 from ._memory import within_memory
 from ._objective import PREFIX, Objective
+from ._precision import products
 from ._problem import Problem, Progress, typical_radius
 from ._processes import team
 from ._resuming import agree, plan_of_folder
@@ -279,6 +280,7 @@ def estimate(  # type: ignore[misc]
         preserved(inner, layout),
         Threads(given_plan),
         quiet_vmap(),
+        products(tf32=False),
     ):
         shared = checkpoint is not None or work.team is not None
         model_digest = digest_model(inner) if shared else {}

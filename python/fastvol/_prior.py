@@ -16,6 +16,7 @@ from . import _backend
 from ._arguments import boolean, is_auto, numbers_of, whole
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
+from ._precision import products
 from ._prior_ladder import STATE_BYTES, Ladder, Level, make_ladder, run_ladder, thinned
 from ._prior_moves import Prior, PriorEngine
 from ._prior_result import PriorMass
@@ -126,7 +127,7 @@ def prior_mass(
 
     given = None if plan is None else read_plan(plan, backend, layout, None)
 
-    with preserved(inner), Threads(given), quiet_vmap():
+    with preserved(inner), Threads(given), quiet_vmap(), products(tf32=False):
         objective = Objective(inner, loss_fn, data, layout.device)
         objective.prepare(layout.unflatten(theta.clone(), PREFIX))
         if given is None:

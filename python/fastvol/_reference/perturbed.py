@@ -40,6 +40,10 @@ def perturbed_linear(
     antithetic: bool = False,
     activation: str | None = None,
     precision: str = "tf32",
+    base: Tensor | None = None,
+    base_activation: str | None = None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """act(x·(W + c·s⊙Z)ᵀ + b + c·s_b⊙z_b) of each lane, ``[k, n, out]`` in the dtype of x.
 
@@ -58,10 +62,20 @@ def perturbed_linear(
         antithetic: directions 2i and 2i+1 are ± vector i.
         activation: one of :data:`ACTIVATIONS`, or ``None``.
         precision: of the operands of the product. ``"bf16"`` rounds x and the perturbed weights;
-            the others (``"tf32"``; ``"tf32x3"``, ``"ieee"`` and ``"fp32"``, the faster of these
-            two) only let the kernels round them, and are computed in the dtype of x here, at
-            least in float32.
+            the others (``"tf32"``; ``"bf16x3"``, which keeps 16 bits of each; ``"tf32x3"``,
+            ``"ieee"`` and ``"fp32"``, the faster of these two) only let the kernels round them, and
+            are computed in the dtype of x here, at least in float32.
+        base: ``[n, in]``: then x ``[l, n, in]`` is what the layer's inputs change by, and it sees
+            act(base + c·x).
+        base_activation: that act, one of :data:`ACTIVATIONS`, or ``None``.
+        places: int64 ``[k]``, which lane of x each lane reads; one after the other by default.
+        dtype: of the result, that of x by default.
     """
+    if places is not None:
+        x = x[places]
+    if base is not None:
+        c = torch.as_tensor(coefficient).to(device=x.device, dtype=_working(x).dtype)
+        x = _activated(base + c[:, None, None] * x, base_activation)
     change, shift = _changes(
         weight.shape,
         seed,
@@ -76,7 +90,7 @@ def perturbed_linear(
         _working(x),
     )
     weights, biases = _on_rays(weight, bias, coefficient, change, shift)
-    return _activated(_linear(x, weights, biases, precision), activation).to(x.dtype)
+    return _activated(_linear(x, weights, biases, precision), activation).to(dtype or x.dtype)
 
 
 def direction_linear(
@@ -93,6 +107,8 @@ def direction_linear(
     bias_scale: Tensor | None = None,
     antithetic: bool = False,
     precision: str = "tf32",
+    out: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """x·(s⊙Z)ᵀ of each lane, plus s_b⊙z_b with ``bias``: ``[k, n, out]`` in the dtype of x.
 
@@ -103,6 +119,8 @@ def direction_linear(
         outputs: of the layer.
         bias: whether the layer has one.
         scale, bias_scale, antithetic, precision: as for :func:`perturbed_linear`.
+        out: ``[l, n, out]`` to write to and return, instead of a new tensor.
+        places: int64 ``[k]``, which lane of ``out`` each lane writes; by default all, in order.
     """
     shape = torch.Size((outputs, x.shape[-1]))
     change, shift = _changes(
@@ -118,7 +136,7 @@ def direction_linear(
         antithetic,
         _working(x),
     )
-    return _linear(x, change, shift, precision).to(x.dtype)
+    return _placed(_linear(x, change, shift, precision).to(x.dtype), out, places)
 
 
 def perturbed_conv2d(
@@ -188,6 +206,8 @@ def direction_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    out: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """What a convolution changes by along a direction: ``[k, n, out, height, width]``.
 
@@ -195,7 +215,7 @@ def direction_conv2d(
         x, scale, stride, padding, dilation, groups: as for :func:`perturbed_conv2d`.
         shape: of the weights.
         seed, stream, ids, bias, offset, bias_offset: as for :func:`direction_linear`.
-        bias_scale, antithetic, precision: likewise.
+        bias_scale, antithetic, precision, out, places: likewise.
     """
     change, shift = _changes(
         torch.Size(shape),
@@ -210,7 +230,43 @@ def direction_conv2d(
         antithetic,
         _working(x),
     )
-    return _conv2d(x, change, shift, precision, stride, padding, dilation, groups).to(x.dtype)
+    result = _conv2d(x, change, shift, precision, stride, padding, dilation, groups)
+    return _placed(result.to(x.dtype), out, places)
+
+
+def scaled_add(
+    base: Tensor,
+    change: Tensor,
+    coefficient: npt.NDArray[np.float64] | Tensor,
+    *,
+    places: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """act(base + c·change) of each lane, ``[k, …]``: what a layer makes of shared data at a radius.
+
+    Args:
+        base: ``[…]``, what it makes of them at θ*.
+        change: ``[l, …]``, of some directions.
+        coefficient: c, ``[k]``.
+        places: int64 ``[k]``, which of the changes each lane reads; one after the other by default.
+        activation: one of :data:`ACTIVATIONS`, or ``None``.
+        dtype: of the result, that of base by default.
+    """
+    if places is not None:
+        change = change[places]
+    working = _working(base)
+    c = torch.as_tensor(coefficient).to(working).view(-1, *(1,) * base.dim())
+    total = base.to(working.dtype) + c * change[: len(c)].to(working.dtype)
+    return _activated(total, activation).to(dtype or base.dtype)
+
+
+def _placed(result: Tensor, out: Tensor | None, places: Tensor | None) -> Tensor:
+    if out is None:
+        return result
+    if places is None:
+        return out.copy_(result)
+    return out.index_copy_(0, places, result)
 
 
 def _working(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.func import grad_and_value
 from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import PREFIX, Batch, Objective, as_float
+from .._precision import products
 from ..errors import FastvolError, FastvolWarning
 from .memory import chunk_bytes, rows_bytes, to_device
 from .protocol import (
@@ -39,7 +41,14 @@ from .protocol import (
 
 SINGLE_LANES = 4
 PROBE_STREAM = 2
-SCREENINGS = ("unmeasured", "off", "subset", "bfloat16", "subset in bfloat16")
+SCREENINGS = (
+    "unmeasured",
+    "off",
+    "subset",
+    "tf32",
+    "bfloat16",
+    "subset in bfloat16",
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,10 @@ class Plan:
         rows: examples that the layered engine takes at once; 0 is a whole batch.
         cached: whether it keeps what is linear in the parameters for all radii of a direction.
         workers: threads of the layered engine that take some of the lanes each.
+        fused: whether it makes the noise of its other layers inside the kernels that need it.
         screening: what a search looks at first to learn where to begin: ``"off"``, ``"subset"`` (of
-            ``screen_examples`` examples), ``"bfloat16"``, ``"subset in bfloat16"``, or
-            ``"unmeasured"``: then a run measures which of them pays.
+            ``screen_examples`` examples), ``"tf32"``, ``"bfloat16"``, ``"subset in bfloat16"``,
+            or ``"unmeasured"``: then a run measures which of them pays.
         screen_examples: of the subset; 0 is all.
         screen_offset: what a radius has more in log than on the screen.
     """
@@ -83,6 +93,7 @@ class Plan:
     screening: str = "unmeasured"
     screen_examples: int = 0
     screen_offset: float = 0.0
+    fused: bool = False
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -104,7 +115,7 @@ class Plan:
                 f"plan has the engine {plan.engine!r}; this version has 'general', 'layered' and "
                 "'inplace'"
             )
-        for name in ("keep_rows", "cached"):
+        for name in ("keep_rows", "cached", "fused"):
             if type(getattr(plan, name)) is not bool:
                 raise ValueError(
                     f"plan[{name!r}] must be True or False, got {getattr(plan, name)!r}"
@@ -145,11 +156,12 @@ class GeneralEngine:
         project: float64 ``[d]``, whose product with every z is reported by :meth:`load`.
 
     Attributes:
-        coarse: whether losses are made in bfloat16, where PyTorch's autocast does so: good enough
-            to choose where to look, not to say where a boundary is.
+        coarse: ``"bfloat16"`` where losses are made so as far as PyTorch's autocast goes,
+            ``"tf32"`` where products may round to that: good enough to choose where to look, not to
+            say where a boundary is; else empty.
     """
 
-    coarse = False
+    coarse = ""
 
     def __init__(
         self,
@@ -177,10 +189,19 @@ class GeneralEngine:
         self.dim = compact.numel()
         self._scale = None if bool((compact == 1).all()) else compact.to(device, dtype)
         self._project = None if project is None else project.to(device)
-        self._keep_rows = plan.keep_rows or self._index is not None
+        self._keep_rows = self._wants_rows()
         self._allocate()
         # vmap does not look inside a Batch: its tensors are shared by all rays.
         self._vmapped = torch.func.vmap(objective.call, in_dims=(0, None), randomness="error")
+
+    def _wants_rows(self) -> bool:
+        return self._plan.keep_rows or self._index is not None
+
+    def _new_rows(self, count: int, size: int | None = None) -> Tensor:
+        """Room for as many directions; on a GPU each begins where four can be written at once."""
+        size = self.dim if size is None else size
+        width = size if self.device.type == "cpu" else -(-size // 4) * 4
+        return self._theta0.new_empty((count, width))[:, :size]
 
     def _allocate(self) -> None:
         """Room for the rays that the plan wants."""
@@ -188,13 +209,13 @@ class GeneralEngine:
         self.lanes = plan.lanes
         # Rows of noise are kept from one evaluation of a ray to the next while they are small; else
         # they are made anew each time, in the same pass that perturbs the parameters.
-        self._rows = like.new_empty((plan.lanes, self.dim)) if self._keep_rows else None
+        self._rows = self._new_rows(plan.lanes) if self._keep_rows else None
         # θ = θ* + (radius · factor) · row; on a GPU the second of these is the newer one.
         self._factor = np.ones(plan.lanes)
         self._factor_here = torch.from_numpy(self._factor).to(like.device)
         self._factor_is_old = False
         self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
-        self._theta = like.new_empty((plan.chunk, layout.size))
+        self._theta = self._new_rows(plan.chunk, layout.size)
         # With one dtype the named views follow the buffer, so they are made once.
         self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
 
@@ -222,31 +243,37 @@ class GeneralEngine:
         """See :class:`fastvol.engines.protocol.Engine`."""
         if isinstance(rays, Dense):
             return self._load_dense(lanes, rays)
-        count = len(lanes)
-        options: dict[str, Any] = {
-            "antithetic": rays.antithetic,
-            "project": self._project,
-            "threads": self._plan.noise_threads,
-        }
         for position, lane in enumerate(lanes):
             self._rays[lane] = (rays, position)
         if self._rows is None and rays.preconditioner is None:
-            scratch = torch.empty_like(self._theta0)[None]
-            norm, dot = np.empty(count), np.empty(count)
-            for i in range(count):
-                norm[i : i + 1], dot[i : i + 1] = self._backend.normals(
-                    scratch, rays.seed, rays.stream, rays.ids[i : i + 1], **options
-                )
+            norm, dot = self._measured(rays)
         else:
             norm, dot = self._fill_rows(lanes, rays, self._backend.normals)
         self._keep_factor(lanes, 1.0 / norm)
         return RayInfo(norm, dot)
 
+    def _measured(self, rays: Indexed) -> tuple[Float, Float]:
+        """‖z‖ and ⟨z, project⟩ of directions that are not kept."""
+        count = len(rays.ids)
+        scratch = self._new_rows(1)
+        norm, dot = np.empty(count), np.empty(count)
+        for i in range(count):
+            norm[i : i + 1], dot[i : i + 1] = self._backend.normals(
+                scratch,
+                rays.seed,
+                rays.stream,
+                rays.ids[i : i + 1],
+                antithetic=rays.antithetic,
+                project=self._project,
+                threads=self._plan.noise_threads,
+            )
+        return norm, dot
+
     def _fill_rows(self, lanes: Int, rays: Indexed, normals: Callable[..., Any]) -> Any:
         """Writes s⊙z, or s⊙Pz, of some lanes; returns what ``normals`` tells."""
         rows = self._rows_for_writing()
         span = span_of(lanes)
-        target = rows.new_empty((len(lanes), self.dim)) if span is None else rows[span]
+        target = self._new_rows(len(lanes)) if span is None else rows[span]
         plain = rays.preconditioner is None
         told = normals(
             target,
@@ -266,15 +293,25 @@ class GeneralEngine:
 
     def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
-        if self._rows is None or isinstance(rays, Dense) or rays.preconditioner is not None:
+        if isinstance(rays, Dense) or rays.preconditioner is not None:
             return None
+        told = self._made_async(lanes, rays)
+        if told is None:
+            return None
+        norm, dot = told
         for position, lane in enumerate(lanes.tolist()):
             self._rays[lane] = (rays, position)
-        norm, dot = self._fill_rows(lanes, rays, self._backend.write_normals)
         self._factor_here.index_copy_(0, to_device(lanes, self.device), 1.0 / norm)
         # On a CPU both are one memory.
         self._factor_is_old = self.device.type != "cpu"
         return norm, dot
+
+    def _made_async(self, lanes: Int, rays: Indexed) -> tuple[Tensor, Tensor] | None:
+        """The directions of :meth:`load_async`, and what it returns."""
+        if self._rows is None:
+            return None
+        told: tuple[Tensor, Tensor] = self._fill_rows(lanes, rays, self._backend.write_normals)
+        return told
 
     def _load_dense(self, lanes: Int, rays: Dense) -> RayInfo:
         directions = rays.directions.to(self._theta0)
@@ -300,9 +337,7 @@ class GeneralEngine:
     def _rows_for_writing(self) -> Tensor:
         if self._rows is None:
             # Rows that cannot be made again from a counter have to be kept, whatever their size.
-            self._rows = torch.empty(
-                (self.lanes, self.dim), device=self._theta0.device, dtype=self._theta0.dtype
-            )
+            self._rows = self._new_rows(self.lanes)
             for lane, loaded in enumerate(self._rays):
                 if loaded is not None:
                     rays, position = loaded
@@ -328,7 +363,7 @@ class GeneralEngine:
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
         running = self._objective.running(len(lanes), limit)
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), self.arithmetic():
             if self._objective.in_memory:
                 for start in range(0, len(lanes), chunk):
                     part = np.arange(start, min(start + chunk, len(lanes)))
@@ -428,9 +463,16 @@ class GeneralEngine:
                 gradients[part] += batch.weight * self._scaled(slopes)
         return total / weight, gradients / weight
 
-    def _arithmetic(self) -> torch.autocast:
-        device = self._theta0.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.coarse)
+    @property
+    def bound_to(self) -> Hashable:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        return None
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        if self.coarse == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return products(tf32=True) if self.coarse == "tf32" else nullcontext()
 
     def _perturb(self, radii: Float, lanes: Int) -> None:
         """Writes θ for each lane into the first rows of the buffer."""

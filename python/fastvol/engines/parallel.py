@@ -37,12 +37,12 @@ class ParallelEngine:
         )
 
     @property
-    def coarse(self) -> bool:
+    def coarse(self) -> str:
         """See :class:`fastvol.engines.general.GeneralEngine`."""
         return self._engines[0].coarse
 
     @coarse.setter
-    def coarse(self, coarse: bool) -> None:
+    def coarse(self, coarse: str) -> None:
         for engine in self._engines:
             engine.coarse = coarse
 

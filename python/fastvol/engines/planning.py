@@ -270,22 +270,34 @@ def _layered_plan(
 
     def attempt(plan: Plan) -> float:
         """Seconds a direction; infinite where the plan will not do."""
-        per_lane = trial.layout.size * trial.bytes_a_number + (kept if plan.cached else 0)
+        nonlocal deadline
+        # A fused plan may keep no directions; its measured peak tells.
+        rows = 0 if plan.fused else trial.layout.size * trial.bytes_a_number
+        per_lane = rows + (kept if plan.cached else 0)
         if time.perf_counter() > deadline or plan.lanes * per_lane > 2 * rows_bytes(device):
             return float("inf")
         peak = Peak(device)
+        began = time.perf_counter()
         try:
-            found = trial.seconds(trial.open(plan))
+            engine = trial.open(plan)
+            if device.type != "cpu":
+                # What had to be compiled says nothing of the run.
+                deadline += time.perf_counter() - began
+            found = trial.seconds(engine)
         except (UntraceableError, torch.OutOfMemoryError):
             return float("inf")
         return float("inf") if peak.is_too_high else found
 
-    for variants in _variants(most_lanes, trial.examples, groups, chunks):
+    fusible = device.type == "cuda" and trial.setting[3].name == "triton"
+    # The variants look at the best plan so far.
+    found_yet = [best]
+    for variants in _variants(most_lanes, trial.examples, groups, chunks, found_yet, fusible):
         worse = 0
         for variant in variants:
             found = attempt(replace(best, **variant))
             if found < _BETTER * fastest:
                 best, fastest, worse = replace(best, **variant), found, 0
+                found_yet[0] = best
             else:
                 worse += 1
             if worse == 2:
@@ -314,15 +326,27 @@ def _layered_plan(
 
 
 def _variants(
-    most_lanes: int, examples: int, groups: int, chunks: tuple[int, ...]
+    most_lanes: int,
+    examples: int,
+    groups: int,
+    chunks: tuple[int, ...],
+    best: list[Plan],
+    fusible: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """Changes to try, one list after the other; of each the first that helps no more ends it."""
     yield [{"cached": False}]
-    yield [
+    sizes = [
         {"chunk": chunk, "lanes": max(groups * chunk, min(4, most_lanes))}
         for chunk in chunks
         if groups * chunk <= most_lanes
     ]
+    yield sizes
+    if fusible:
+        # Then larger sizes, for which the other form may have had no memory.
+        chunk = best[0].chunk
+        yield [{"fused": True}]
+        if best[0].fused:
+            yield [size for size in sizes if size["chunk"] > chunk]
     yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
 
 

@@ -6,9 +6,10 @@ A ray is θ* + s ⊙ (t·v): v a direction in metric coordinates w, t ≥ 0 its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,15 @@ class DeviceEngine(Engine, Protocol):
 
     device: torch.device
 
+    @property
+    def bound_to(self) -> Hashable:
+        """What :meth:`loss_parts` takes from the host: captured, it holds for no other value."""
+        ...
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """The precision of the losses."""
+        ...
+
     def resize(self, lanes: int) -> None:
         """Forgets all rays, and makes room for another number of them."""
         ...
@@ -147,7 +157,8 @@ class DeviceEngine(Engine, Protocol):
 
         Nothing is read by the host, so that it can be captured in a CUDA graph. The parts' lanes
         count from the first of ``lanes``; each must be used before the next is asked for. Called
-        under ``no_grad``.
+        under ``no_grad`` and :meth:`arithmetic`. Of a lane that holds a ray of another kind than
+        was loaded last, the losses mean nothing.
 
         Raises:
             OffDeviceError: the losses do not stay on the device.

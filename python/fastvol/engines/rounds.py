@@ -50,6 +50,7 @@ class Rounds:
         self._gpu = engine.device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._done = 0
+        self._bound = engine.bound_to
         # Why the round is not captured.
         self.trouble: str | None = None
         # What the host reads: how many lanes are settled, and when that is not 0, which.
@@ -66,6 +67,10 @@ class Rounds:
 
     def begin(self) -> None:
         """Issues a round, and the copy of what it tells."""
+        bound = self._engine.bound_to
+        if bound != self._bound:
+            # What was captured is of other directions.
+            self._graph, self._bound, self._done = None, bound, 0
         if self._gpu and self._graph is None and self.trouble is None:
             if self._done >= _BEFORE_CAPTURE:
                 self._capture()
@@ -91,7 +96,7 @@ class Rounds:
         return found
 
     def _round(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self._engine.arithmetic():
             for part in self._engine.loss_parts(self.state.radii, self.lanes):
                 self._step(
                     self.state,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .launch import set_tuning
 from .linear import direction_conv2d, direction_linear, perturbed_conv2d, perturbed_linear
 from .noise import direction_reductions, normals, perturb, write_normals
+from .pointwise import scaled_add
 
 __all__ = [
     "direction_conv2d",
@@ -17,6 +18,7 @@ __all__ = [
     "perturb",
     "perturbed_conv2d",
     "perturbed_linear",
+    "scaled_add",
     "set_tuning",
     "write_normals",
 ]

@@ -23,12 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._reference import perturbed as reference
+from .activations import ACTIVATIONS, activate
 from .launch import bucket, interpreted, launch, on_host, per_lane, signed_word
 from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
 
-ACTIVATIONS = ("relu", "gelu", "tanh", "silu", "sigmoid")
 # What the matrix unit does with float32 operands.
-_INPUT_PRECISION = {"bf16": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "ieee": "ieee"}
+_INPUT_PRECISION = {
+    "bf16": "ieee",
+    "bf16x3": "bf16x3",
+    "tf32": "tf32",
+    "tf32x3": "tf32x3",
+    "ieee": "ieee",
+}
 
 _UNSPECIALISED = [
     "seed_low",
@@ -48,28 +54,6 @@ _UNSPECIALISED = [
     "dilation_height",
     "dilation_width",
 ]
-
-
-@triton.jit
-def _activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """By exponentials and erf alone, which every backend of Triton has."""
-    if ACTIVATION == "relu":
-        # Not a maximum, which would hide a NaN.
-        return tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "tanh":
-        e = tl.exp(-2.0 * tl.abs(x))
-        t = (1.0 - e) / (1.0 + e)
-        return tl.where(x < 0, -t, t)
-    elif ACTIVATION == "silu":
-        e = tl.exp(-tl.abs(x))
-        return x * tl.where(x < 0, e, 1.0) / (1.0 + e)
-    elif ACTIVATION == "sigmoid":
-        e = tl.exp(-tl.abs(x))
-        return tl.where(x < 0, e, 1.0) / (1.0 + e)
-    else:
-        return x
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, "count", "inputs", "first_block", "phase"])
@@ -121,6 +105,9 @@ def stage_kernel(
 def linear_kernel(
     out: tl.tensor,
     x: tl.tensor,
+    base: tl.tensor,
+    x_places: tl.tensor,
+    out_places: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     scale: tl.tensor,
@@ -155,6 +142,10 @@ def linear_kernel(
     CONVOLUTION: tl.constexpr,
     STAGED: tl.constexpr,
     ANTITHETIC: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    BASE_ACTIVATION: tl.constexpr,
+    HAS_X_PLACES: tl.constexpr,
+    HAS_OUT_PLACES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_OWN_BIAS: tl.constexpr,
@@ -175,8 +166,9 @@ def linear_kernel(
 ) -> None:
     """PARTS tiles of ROWS rows of one lane, by one tile of outputs.
 
-    With STAGED, ``weight`` holds the weights of every lane as they are. EMULATED means in the
-    interpreter, where matrices of bfloat16 cannot be multiplied: their entries are rounded only.
+    With STAGED, ``weight`` holds the weights of every lane as they are. With HAS_BASE the layer
+    sees act(base + coefficient·x), made as it is read. EMULATED means in the interpreter, where
+    matrices of bfloat16 cannot be multiplied: their entries are rounded only.
     """
     output_tiles = PHASES * tl.cdiv(tl.cdiv(outputs, PHASES), OUTPUTS)
     row_tiles = tl.cdiv(rows, ROWS * PARTS)
@@ -204,7 +196,13 @@ def linear_kernel(
     else:
         step = c
 
-    x += lane.to(tl.int64) * x_lane
+    if HAS_X_PLACES:
+        x += tl.load(x_places + lane) * x_lane
+    else:
+        x += lane.to(tl.int64) * x_lane
+    if HAS_BASE:
+        # What x changes by has the sign of its direction already.
+        x_step = tl.load(coefficient + lane).to(tl.float32)
     if STAGED:
         weight += lane.to(tl.int64) * outputs * inputs
     m = row_tile * (ROWS * PARTS) + tl.arange(0, ROWS)
@@ -257,11 +255,14 @@ def linear_kernel(
         w = tl.trans(w)
         sums: tl.tuple = ()
         for part in tl.static_range(PARTS):
-            given = tl.load(
-                x + (begins[part][:, None] + column[None, :]),
-                mask=(m + part * ROWS < rows)[:, None] & real[None, :],
-                other=0.0,
-            )
+            read = begins[part][:, None] + column[None, :]
+            is_there = (m + part * ROWS < rows)[:, None] & real[None, :]
+            given = tl.load(x + read, mask=is_there, other=0.0)
+            if HAS_BASE:
+                start_of_x = tl.load(base + read, mask=is_there, other=0.0).to(tl.float32)
+                given = activate(start_of_x + x_step * given.to(tl.float32), BASE_ACTIVATION)
+                # Not every activation leaves 0 as it is, and there is noise beyond the weights.
+                given = tl.where(is_there, given, 0.0)
             if BF16:
                 given = given.to(tl.float32) if EMULATED else given.to(tl.bfloat16)
                 if EMULATED:
@@ -284,13 +285,16 @@ def linear_kernel(
             shift *= tl.load(bias_scale + o, mask=o < outputs, other=0.0).to(tl.float32)
         if HAS_OWN_BIAS:
             shift += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)
-    out += lane.to(tl.int64) * rows * outputs
+    if HAS_OUT_PLACES:
+        out += tl.load(out_places + lane) * rows * outputs
+    else:
+        out += lane.to(tl.int64) * rows * outputs
     for part in tl.static_range(PARTS):
         row = m + part * ROWS
         value: tl.tensor = totals[part]
         if HAS_BIAS:
             value += shift[None, :]
-        value = _activate(value, ACTIVATION)
+        value = activate(value, ACTIVATION)
         # Images are [n, outputs, positions]; without positions, that is [n, outputs].
         if CONVOLUTION:
             begin = (row // positions) * (positions * outputs) + row % positions
@@ -329,6 +333,21 @@ class _Directions:
     bias_scale: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """Where a layer reads, and where it writes."""
+
+    base: Tensor | None = None
+    base_activation: str | None = None
+    x_places: Tensor | None = None
+    out: Tensor | None = None
+    out_places: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+
+_PLAIN = _Ends()
+
+
 def perturbed_linear(
     x: Tensor,
     weight: Tensor,
@@ -345,6 +364,10 @@ def perturbed_linear(
     antithetic: bool = False,
     activation: str | None = None,
     precision: str = "tf32",
+    base: Tensor | None = None,
+    base_activation: str | None = None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`fastvol._reference.perturbed.perturbed_linear`."""
     after = offset + weight.numel() if bias_offset is None else bias_offset
@@ -360,6 +383,7 @@ def perturbed_linear(
         activation,
         precision,
         None,
+        _Ends(base, base_activation, places, dtype=dtype),
     )
 
 
@@ -377,12 +401,15 @@ def direction_linear(
     bias_scale: Tensor | None = None,
     antithetic: bool = False,
     precision: str = "tf32",
+    out: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """See :func:`fastvol._reference.perturbed.direction_linear`."""
     shape = torch.Size((outputs, x.shape[-1]))
     after = offset + shape.numel() if bias_offset is None else bias_offset
     directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
-    return _layer(x, shape, None, None, bias, None, directions, None, precision, None)
+    ends = _Ends(out=out, out_places=places)
+    return _layer(x, shape, None, None, bias, None, directions, None, precision, None, ends)
 
 
 def perturbed_conv2d(
@@ -467,6 +494,8 @@ def direction_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    out: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """See :func:`fastvol._reference.perturbed.direction_conv2d`."""
     if groups != 1:
@@ -487,12 +516,15 @@ def direction_conv2d(
             padding=padding,
             dilation=dilation,
             groups=groups,
+            out=out,
+            places=places,
         )
     size = torch.Size(shape)
     x, images = _images(x, size, stride, padding, dilation)
     after = offset + size.numel() if bias_offset is None else bias_offset
     directions = _Directions(seed, stream, ids, antithetic, offset, after, scale, bias_scale)
-    return _layer(x, size, None, None, bias, None, directions, None, precision, images)
+    ends = _Ends(out=out, out_places=places)
+    return _layer(x, size, None, None, bias, None, directions, None, precision, images, ends)
 
 
 def _layer(
@@ -506,18 +538,29 @@ def _layer(
     activation: str | None,
     precision: str,
     images: _Images | None,
+    ends: _Ends = _PLAIN,
 ) -> Tensor:
     outputs, inputs = shape[0], shape[1:].numel()
     ids = per_lane(directions.ids, torch.int64, x.device)
     lanes = len(ids)
-    x, of_lane = _with_lanes(x, lanes, 3 if images is None else 5)
+    picked = ends.x_places is not None
+    x, of_lane = _with_lanes(x, len(x) if picked else lanes, 3 if images is None else 5)
     _check(x, shape, weight, bias, directions, activation, precision, images)
+    _check_base(x, ends)
     if images is None:
         size: tuple[int, ...] = ()
     else:
         size = images.size
     rows = x.shape[1] * math.prod(size)
-    out = torch.empty((lanes, x.shape[1], outputs, *size), dtype=x.dtype, device=x.device)
+    result = (x.shape[1], outputs, *size)
+    out = ends.out
+    if out is None:
+        out = torch.empty((lanes, *result), dtype=ends.dtype or x.dtype, device=x.device)
+    elif out.shape[1:] != result or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous of shape [lanes, {', '.join(map(str, result))}], got "
+            f"{tuple(out.shape)}"
+        )
     if rows * outputs >= 2**31:
         raise ValueError(f"x must make fewer than 2³¹ outputs a lane, got {tuple(out.shape[1:])}")
     scale = directions.scale
@@ -533,6 +576,9 @@ def _layer(
         {
             "out": out,
             "x": x,
+            "base": unused if ends.base is None else ends.base,
+            "x_places": ids if ends.x_places is None else ends.x_places,
+            "out_places": ids if ends.out_places is None else ends.out_places,
             "weight": unused if weight is None else weight,
             "bias": unused if bias is None else bias,
             "scale": unused if scale is None else scale,
@@ -569,6 +615,10 @@ def _layer(
             "CONVOLUTION": not alone,
             "STAGED": not alone,
             "ANTITHETIC": directions.antithetic,
+            "HAS_BASE": ends.base is not None,
+            "BASE_ACTIVATION": ends.base_activation,
+            "HAS_X_PLACES": ends.x_places is not None,
+            "HAS_OUT_PLACES": ends.out_places is not None,
             "HAS_WEIGHT": weight is not None,
             "HAS_BIAS": has_bias,
             "HAS_OWN_BIAS": bias is not None,
@@ -578,12 +628,20 @@ def _layer(
             "PHASES": _phases(inputs) if alone else 1,
             "ALIGNED": not alone or (directions.offset % 4 == 0 and inputs % 4 == 0),
             "ACTIVATION": activation,
-            "PRECISION": _INPUT_PRECISION[_spelled(precision, x.device)],
+            # All are float32 in the interpreter, which does not know every name.
+            "PRECISION": "ieee" if emulated else _INPUT_PRECISION[_spelled(precision, x.device)],
             "BF16": precision == "bf16",
             "EMULATED": emulated,
             "EMULATED_END": inputs + 3 if emulated else None,
         },
-        fixed=_fixed(rows, precision, alone and inputs % 8 == 0, _capability(x.device), emulated),
+        fixed=_fixed(
+            rows,
+            precision,
+            alone and inputs % 8 == 0,
+            # What is made of x as it is read goes through registers, as operands do below 90.
+            80 if ends.base is not None else _capability(x.device),
+            emulated,
+        ),
         candidates=_CANDIDATES,
         key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
     )
@@ -739,6 +797,20 @@ def _images(
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _check_base(x: Tensor, ends: _Ends) -> None:
+    base = ends.base
+    if base is None:
+        return
+    if base.shape != x.shape[1:] or base.stride() != x.stride()[1:]:
+        raise ValueError(
+            f"base must be like one lane of x, {tuple(x.shape[1:])}, got {tuple(base.shape)} with "
+            f"strides {base.stride()}"
+        )
+    known = (None, *ACTIVATIONS)
+    if ends.base_activation not in known:
+        raise ValueError(f"base_activation must be one of {known}, got {ends.base_activation!r}")
 
 
 def _check(

@@ -29,8 +29,10 @@ from ._search import Pilot, RayLoss, pilot_source, settle
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
-# Directions that a choice is made from.
+# Directions that a choice is made from, where the lanes are no more; on a GPU, where a few take no
+# less time than many, as many as fill them.
 _TRIAL = 16
+_COARSE = ("tf32", "bfloat16")
 # Of the run's own time, what the choice may take; shorter runs, in seconds, go without.
 _SHARE, _SHORT_RUN = 0.03, 2.0
 _LEAST_EXAMPLES = 32
@@ -77,7 +79,7 @@ class Screen:
         engine = problem.engine(objective=objective)
         if not isinstance(engine, (GeneralEngine, ParallelEngine)):
             raise ValueError(f"plan: the {plan.engine} engine has no screen")
-        engine.coarse = plan.screening.endswith("bfloat16")
+        engine.coarse = next((c for c in _COARSE if plan.screening.endswith(c)), "")
         self._problem, self._threshold = problem, threshold
         self._pilot = replace(pilot, rtol=max(_XTOL, pilot.rtol))
         self._offset = plan.screen_offset
@@ -132,9 +134,11 @@ def _measured(
     # Another part of the data has another row space, and so other directions; what does not fit
     # into memory twice does not fit with a screen beside it.
     has_room = problem.noise == "full" and problem.plan.engine != "inplace"
-    if problem.n * _SHARE < 2 * _TRIAL or not has_room:
+    on_cpu = problem.layout.device.type == "cpu"
+    count = _TRIAL if on_cpu else max(_TRIAL, engine.lanes)
+    if problem.n * _SHARE < 2 * count or not has_room:
         return None
-    ids = np.arange(_TRIAL)
+    ids = np.arange(count)
     source = pilot_source(problem, engine, proposal)
     spent = 0
 
@@ -149,7 +153,7 @@ def _measured(
         return best, found
 
     plain, roots = full(None)
-    run, price = plain / _TRIAL * problem.n, source.n_loss / (2 * _TRIAL)
+    run, price = plain / count * problem.n, source.n_loss / (2 * count)
     if run < _SHORT_RUN or price < _DEAR or not np.isfinite(roots).any():
         return {"screening": "off"}, source.n_loss
     deadline = time.perf_counter() + _SHARE * run
@@ -162,7 +166,8 @@ def _measured(
         trial = replace(problem, plan=replace(problem.plan, **change))
         try:
             screen = Screen(trial, pilot, threshold, source.stream, proposal)
-            screen.starts(ids[:2])
+            # What has to be compiled or captured first says nothing of the run.
+            screen.starts(ids[:2] if on_cpu else ids)
             seconds = math.inf
             for _ in range(2):
                 began = time.perf_counter()
@@ -185,6 +190,8 @@ def _candidates(problem: Problem) -> Iterator[tuple[str, int]]:
     size = problem.objective.examples
     parts = [size // part for part in _PARTS if size // part >= _LEAST_EXAMPLES]
     yield from (("subset", part) for part in parts)
+    if problem.layout.device.type == "cuda" and problem.layout.dtype == torch.float32:
+        yield "tf32", 0
     if _has_bfloat16(problem):
         yield "bfloat16", 0
         yield from (("subset in bfloat16", part) for part in parts[:1])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
 from ..memory import kept_bytes, to_device
 from ..protocol import Bool, Dense, Float, Indexed, Int, Losses, LossPart, RayInfo, Rays
+from .fused import Family, Noise, Parameters
 from .program import Program
 from .rowspace import RowSpace, row_space
 from .tracing import Traced, UntraceableError, signature, trace
@@ -48,6 +49,8 @@ class LayeredEngine(GeneralEngine):
         *,
         rowspace: bool = False,
     ) -> None:
+        # Of its own noise such an engine has no kernels.
+        self._is_reduced = rowspace
         super().__init__(objective, layout, scale, plan, backend, project)
         if not objective.in_memory:
             raise UntraceableError("the data are read anew for every evaluation")
@@ -60,19 +63,90 @@ class LayeredEngine(GeneralEngine):
         self._start = [self._theta0[s.start : s.stop].view(s.shape) for s in layout.segments]
         self._traced = _traced_parts(objective, layout, plan.rows)
         self._kept_room = kept_bytes(self.device)
+        self._by_kernels = self._kernel_parameters()
+        self._families: list[Family] = []
+        self._latest = -1
+        self._begin_lanes()
         self._programs = [self._compiled(*part) for part in self._traced]
         self._pairs = _Pairs()
         # Lanes whose direction the programs have not seen.
         self._fresh = np.zeros(plan.lanes, dtype=np.bool_)
         self._weight = sum(program.weight for program in self._programs)
-        self._moved = sorted({i for program in self._programs for i in program.moved})
         # Where each parameter lies in a direction, and the point that directions start from.
         self._places = [(s.start, s.stop, s.shape) for s in layout.segments]
         self._origin = self._theta0
         self._row_space = self._reduced_to(scale) if rowspace else None
-        # One stretch of it holds all parameters that are not kept in another form.
-        self._from = min((self._places[i][0] for i in self._moved), default=0)
-        self._to = max((self._places[i][1] for i in self._moved), default=0)
+        self._moved = self._stretch({i for program in self._programs for i in program.moved})
+        fused = {i for program in self._programs for i in program.moved_fused}
+        self._moved_fused = self._stretch(fused)
+        # Whether any layer reads a direction.
+        shown = any(program.shown for program in self._programs)
+        needed = not self._is_fused or bool(fused) or shown
+        self._keep_rows = super()._wants_rows() and needed
+        if self._keep_rows and self._rows is None:
+            self._rows = self._new_rows(self.lanes)
+
+    def _stretch(self, moved: set[int]) -> _Stretch:
+        """Where some parameters lie."""
+        return _Stretch(
+            sorted(moved),
+            min((self._places[i][0] for i in moved), default=0),
+            max((self._places[i][1] for i in moved), default=0),
+        )
+
+    def _kernel_parameters(self) -> Parameters | None:
+        """What kernels that make noise need to know; ``None`` where they cannot be used."""
+        usable = self._backend.name == "triton" or self._plan.fused
+        single = self._theta0.dtype == torch.float32
+        if not (usable and single and self._index is None) or self._is_reduced:
+            return None
+        return Parameters.of(self._backend, self._layout.segments, self._start, self._scale)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self._plan.fused and self._by_kernels is not None
+
+    def _wants_rows(self) -> bool:
+        # Until the layers are known: those that read none have the memory for more lanes.
+        return super()._wants_rows() and (
+            not self._plan.fused or self._index is not None or self._is_reduced
+        )
+
+    def _begin_lanes(self) -> None:
+        """What is known of the directions on the lanes: of none anything."""
+        self._family = np.full(self.lanes, -1)
+        self._ids_here = torch.zeros(self.lanes, dtype=torch.int64, device=self.device)
+        self._numbers_here = torch.arange(self.lanes, device=self.device)
+
+    def _note(self, lanes: Int, rays: Rays) -> None:
+        """Which directions the lanes hold, for kernels that make them."""
+        plain = isinstance(rays, Indexed) and rays.preconditioner is None
+        if self._by_kernels is None or not plain or not isinstance(rays, Indexed):
+            self._family[lanes] = self._latest = -1
+            return
+        family = Family(rays.seed, rays.stream, rays.antithetic)
+        if family not in self._families:
+            self._families.append(family)
+        self._family[lanes] = self._latest = self._families.index(family)
+        self._ids_here.index_copy_(
+            0, to_device(lanes, self.device), to_device(rays.ids, self.device)
+        )
+
+    def _noise(self, index: Tensor | slice, family: int, coefficient: Tensor | None) -> Noise:
+        """Of some lanes."""
+        if isinstance(index, slice):
+            ids, places = self._ids_here[index], self._numbers_here[index]
+        else:
+            ids, places = self._ids_here.index_select(0, index), index
+        precision = {"bfloat16": "bf16", "tf32": "tf32"}.get(self.coarse, "fp32")
+        c = None if coefficient is None else coefficient.to(torch.float64)
+        return Noise(self._families[family], ids, places, precision, c)
+
+    @property
+    def bound_to(self) -> Hashable:
+        """See :class:`fastvol.engines.protocol.DeviceEngine`."""
+        fused = self._is_fused and self._latest >= 0
+        return self._families[self._latest] if fused else None
 
     def _reduced_to(self, scale: Tensor) -> RowSpace:
         """The row space of the first layer's inputs; lays the directions out in it."""
@@ -111,6 +185,7 @@ class LayeredEngine(GeneralEngine):
         paired = isinstance(rays, Indexed) and rays.antithetic and rays.preconditioner is None
         for lane in lanes.tolist():
             self._pairs.forget(lane)
+        self._note(lanes, rays)
         if not (paired and isinstance(rays, Indexed)):
             return self._load(lanes, rays)
         norm, dot = np.empty(len(lanes)), np.empty(len(lanes))
@@ -122,6 +197,7 @@ class LayeredEngine(GeneralEngine):
             self._pairs.keep(int(lanes[k]), rays, int(rays.ids[k]), norm[k], dot[k])
         for k in second:
             lane = int(lanes[k])
+            self._rays[lane] = (rays, int(k))
             partner, norm[k], dot[k] = self._pairs.partner(rays, int(rays.ids[k]))
             self._mirror(lane, partner)
             self._pairs.keep(lane, rays, int(rays.ids[k]), norm[k], dot[k])
@@ -142,8 +218,31 @@ class LayeredEngine(GeneralEngine):
             self._pairs.forget(lane)
         told = super().load_async(lanes, rays)
         if told is not None:
+            self._note(lanes, rays)
             self._spread(lanes)
         return told
+
+    def _made_async(self, lanes: Int, rays: Indexed) -> tuple[Tensor, Tensor] | None:
+        if self._rows is None and self._is_fused:
+            return self._reductions(rays)
+        return super()._made_async(lanes, rays)
+
+    def _measured(self, rays: Indexed) -> tuple[Float, Float]:
+        norm, dot = self._reductions(rays)
+        return norm.cpu().numpy(), dot.cpu().numpy()
+
+    def _reductions(self, rays: Indexed) -> tuple[Tensor, Tensor]:
+        """‖z‖ and ⟨z, project⟩, on the device, of directions that are not kept."""
+        return self._backend.direction_reductions(
+            self.dim,
+            rays.seed,
+            rays.stream,
+            rays.ids,
+            antithetic=rays.antithetic,
+            project=self._project,
+            dtype=self._theta0.dtype,
+            device=self.device,
+        )
 
     def _spread(self, lanes: Int) -> None:
         """Puts new directions where the coordinates lie that do not move."""
@@ -171,6 +270,7 @@ class LayeredEngine(GeneralEngine):
             program.resize(lanes)
         self._fresh = np.zeros(lanes, dtype=np.bool_)
         self._pairs = _Pairs()
+        self._begin_lanes()
 
     def _load_reduced(self, space: RowSpace, lanes: Int, rays: Rays) -> RayInfo:
         if isinstance(rays, Dense) or rays.preconditioner is not None:
@@ -198,7 +298,6 @@ class LayeredEngine(GeneralEngine):
 
     def _mirror(self, lane: int, partner: int) -> None:
         """Puts the opposite of one lane's direction on another, without new noise or products."""
-        assert self._rows is not None
         for rows in (self._rows, self._full):
             if rows is not None:
                 torch.neg(rows[partner], out=rows[lane])
@@ -216,7 +315,7 @@ class LayeredEngine(GeneralEngine):
     def _show(self, lanes: Int) -> None:
         """Lets the programs make what they keep of some directions."""
         # One direction after the other stays in a CPU's caches; a GPU wants few large operations.
-        if self.device.type != "cpu" or self._backend.name == "triton":
+        if self.device.type != "cpu" or self._by_kernels is not None:
             self._show_together(lanes)
             return
         if len(lanes):
@@ -226,10 +325,16 @@ class LayeredEngine(GeneralEngine):
 
     def _show_together(self, lanes: Int) -> None:
         """As :meth:`_show`, many directions in one operation."""
-        for first in range(0, len(lanes), _SHOWN_AT_ONCE):
-            some = to_device(lanes[first : first + _SHOWN_AT_ONCE], self.device)
-            for program in self._programs:
-                program.load_together(some, self._parameter_rows)
+        for family in np.unique(self._family[lanes]).tolist():
+            alike = lanes[self._family[lanes] == family]
+            # Kernels that make the noise need no room for it.
+            unseen = family >= 0 and not any(program.shown for program in self._programs)
+            at_once = len(alike) if unseen else _SHOWN_AT_ONCE
+            for first in range(0, len(alike), at_once):
+                some = to_device(alike[first : first + at_once], self.device)
+                noise = self._noise(some, family, None) if family >= 0 else None
+                for program in self._programs:
+                    program.load_together(some, self._parameter_rows, noise)
         self._fresh[lanes] = False
 
     def _parameter_rows(self, lanes: Tensor, position: int) -> Tensor:
@@ -245,15 +350,13 @@ class LayeredEngine(GeneralEngine):
     @property
     def _directions(self) -> Tensor:
         """s⊙z of every coordinate ``[lanes, size]``."""
-        rows = self._rows if self._full is None else self._full
-        assert rows is not None
-        return rows
+        return self._rows_for_writing() if self._full is None else self._full
 
     def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
         """See :class:`fastvol.engines.protocol.Engine`."""
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total, outside = np.zeros(len(lanes)), np.zeros(len(lanes), dtype=np.bool_)
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), self.arithmetic():
             self._show(lanes[self._fresh[lanes]])
             for first in range(0, len(lanes), self._plan.chunk):
                 part = slice(first, first + self._plan.chunk)
@@ -266,12 +369,16 @@ class LayeredEngine(GeneralEngine):
         going = np.arange(len(lanes))
         coefficient = self._coefficient(radii, lanes)
         span = span_of(lanes)
-        moved = self._parameters(coefficient, lanes, span)
+        noise, families = None, np.unique(self._family[lanes])
+        if self._is_fused and len(families) == 1 and families[0] >= 0:
+            where = to_device(lanes, self.device)
+            noise = self._noise(where, int(families[0]), coefficient)
+        moved = self._parameters(coefficient, lanes, span, noise)
         for program in self._programs:
             left = None
             if math.isfinite(limit):
                 left = (limit * self._weight - total[going]) / program.weight
-            values, beyond = program.losses(lanes, coefficient, moved, span, left)
+            values, beyond = program.losses(lanes, coefficient, moved, span, left, noise)
             total[going] += program.weight * values
             if beyond is None or not beyond.any():
                 continue
@@ -284,19 +391,23 @@ class LayeredEngine(GeneralEngine):
             index = torch.from_numpy(stays).to(coefficient.device)
             coefficient = coefficient[index]
             moved = {i: value[index] for i, value in moved.items()}
+            noise = None if noise is None else noise.of(index)
         return total, outside
 
     def prepare(self, lanes: Int) -> None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             self._show(lanes[self._fresh[lanes]])
 
     def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
-        self._check_stays()
+        fused = self._is_fused and self._latest >= 0
+        if not (fused and self._rows is None):
+            self._check_stays()
         for part, coefficient in self._chunks_here(radii, lanes):
             inside = np.arange(part.start, part.stop)
-            moved = self._parameters(coefficient, inside, part)
+            noise = self._noise(part, self._latest, coefficient) if fused else None
+            moved = self._parameters(coefficient, inside, part, noise)
             where = slice(part.start - lanes.start, part.stop - lanes.start)
             for i, program in enumerate(self._programs):
                 yield program.part(
@@ -308,6 +419,7 @@ class LayeredEngine(GeneralEngine):
                     where=where,
                     first=i == 0,
                     last=part.stop == lanes.stop and i == len(self._programs) - 1,
+                    noise=noise,
                 )
 
     def _coefficient(self, radii: Float, lanes: Int) -> Tensor:
@@ -315,17 +427,21 @@ class LayeredEngine(GeneralEngine):
         c = radii * self._host_factor()[lanes]
         return torch.as_tensor(c, device=self._theta0.device, dtype=self._theta0.dtype)
 
-    def _parameters(self, coefficient: Tensor, lanes: Int, span: slice | None) -> dict[int, Tensor]:
-        """W + c·Z of the parameters that are not kept in another form, by position."""
-        if not self._moved:
+    def _parameters(
+        self, coefficient: Tensor, lanes: Int, span: slice | None, noise: Noise | None = None
+    ) -> dict[int, Tensor]:
+        """W + c·Z of the parameters that are made for the layers, by position."""
+        stretch = self._moved if noise is None else self._moved_fused
+        if not stretch.positions:
             return {}
-        part = slice(self._from, self._to)
+        # One stretch of the directions holds them all.
+        part = slice(stretch.start, stretch.stop)
         picked = self._picked(lanes, span, part)
         theta = torch.addcmul(self._origin[part], picked, coefficient[:, None])
         moved = {}
-        for i in self._moved:
+        for i in stretch.positions:
             start, stop, shape = self._places[i]
-            moved[i] = theta[:, start - self._from : stop - self._from].view(len(lanes), *shape)
+            moved[i] = theta[:, start - part.start : stop - part.start].view(len(lanes), *shape)
         return moved
 
     def _picked(self, lanes: Int, span: slice | None, part: slice) -> Tensor:
@@ -385,7 +501,18 @@ class LayeredEngine(GeneralEngine):
             cached=self._plan.cached,
             room=self._kept_room / len(self._traced),
             gradients_of=gradients_of,
+            parameters=self._by_kernels if gradients_of is None else None,
+            fused=self._is_fused,
         )
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Parameters by position, and what of a direction they lie in."""
+
+    positions: list[int]
+    start: int
+    stop: int
 
 
 def _traced_parts(

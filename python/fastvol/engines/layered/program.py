@@ -8,7 +8,7 @@ change once a direction: for most small nets that is the most expensive layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from ..._objective import Batch
 from ..._reference.threshold_step import check_target
 from ..protocol import LossPart
+from .fused import Fused, FusedStep, Noise, Parameters
 from .operations import Step, Values, evaluate, operation_name, shape_of, step_for, summed_loss
 from .tracing import Traced, UntraceableError, arguments, is_view, leaves
 
@@ -56,9 +57,13 @@ class Program:
         cached: whether what is linear in the parameters is kept for all radii of a direction.
         room: bytes that may be kept; where that needs more, nothing is.
         gradients_of: the program whose gradients this one is for: it keeps what that one keeps.
+        parameters: for kernels that make the noise themselves; ``None`` is without them.
+        fused: whether they run layers on rays too.
 
     Attributes:
         moved: positions of the parameters that :meth:`loss` has to be given.
+        moved_fused: those that it has to be given beside the noise of the directions.
+        shown: those that :meth:`load_together` has to be given beside it.
         weight: of the batch.
     """
 
@@ -73,6 +78,8 @@ class Program:
         cached: bool,
         room: float = math.inf,
         gradients_of: Program | None = None,
+        parameters: Parameters | None = None,
+        fused: bool = False,
     ) -> None:
         self._lanes = lanes
         self._gradients_of = gradients_of
@@ -96,7 +103,8 @@ class Program:
             self._linear = _linear_nodes(nodes, self._parameters, self._shared)
             if _bytes(self._frontier(nodes)) * max(lanes, 1) > room:
                 self._linear = set()
-        self._compile(nodes, start)
+        self._fused = None if parameters is None else Fused(parameters, self._parameters)
+        self._compile(nodes, start, fused)
         self._channels_last()
 
     def _evaluate_shared(
@@ -125,7 +133,7 @@ class Program:
         beyond = self._linear - set(self._parameters)
         return [node for node in nodes if node in beyond and node in wanted]
 
-    def _compile(self, nodes: Sequence[fx.Node], start: Sequence[Tensor]) -> None:
+    def _compile(self, nodes: Sequence[fx.Node], start: Sequence[Tensor], fused: bool) -> None:
         rays = {
             node
             for node in nodes
@@ -166,12 +174,49 @@ class Program:
         else:
             self._base, self._change = self._gradients_of._base, self._gradients_of._change
         self._used = [i for i, node in enumerate(self._parameters) if node in needed]
+        self._compile_fused(nonlinear, linear, rays, last, on_rays=fused)
         reached = set(nonlinear) | set(linear)
         used = {part for node in reached for part in node.all_input_nodes}
         if self._summed is not None:
             used.add(self._summed.target)
             self._count = self._summed.count(self._shared[self._summed.target])
         self._shared = {node: value for node, value in self._shared.items() if node in used}
+
+    def _compile_fused(
+        self,
+        nonlinear: Sequence[fx.Node],
+        linear: Sequence[fx.Node],
+        rays: set[fx.Node],
+        last: fx.Node,
+        *,
+        on_rays: bool,
+    ) -> None:
+        """The same steps by kernels that make the noise themselves, as far as there are any."""
+        self.moved_fused, self.shown = self.moved, self._used
+        self._kept_fused, self._steps_fused = self._kept, self._steps
+        self._written: set[fx.Node] = set()
+        if self._fused is None:
+            return
+        made, self._written = self._fused.changes(linear, self._base, self._change, self._shared)
+        self._changes_fused = _instructions(
+            linear, rays, self._shared, None, keep=set(self._kept), fused=made
+        )
+        self.shown = self._read(node for node in linear if node not in made)
+        if not on_rays:
+            return
+        steps = self._fused.layers(nonlinear, rays, self._base, self._change, self._shared)
+        absorbed = {node for step in steps.values() for node in step.absorbed}
+        rest = [node for node in nonlinear if node not in absorbed]
+        self._steps_fused = _instructions(
+            rest, rays, self._shared, last, reusable=set(self._kept), fused=steps
+        )
+        self.moved_fused = self._read(node for node in rest if node not in steps)
+        self._kept_fused = [node for node in self._kept if node not in absorbed]
+
+    def _read(self, nodes: Iterable[fx.Node]) -> list[int]:
+        """Positions of the parameters that some nodes read."""
+        read = {part for node in nodes for part in node.all_input_nodes}
+        return [i for i, node in enumerate(self._parameters) if node in read]
 
     def _channels_last(self) -> None:
         """Images in the order in which convolutions on a CPU are fastest."""
@@ -228,21 +273,33 @@ class Program:
             for node in self._kept:
                 self._change[node][lane].copy_(values[node][0])
 
-    def load_together(self, lanes: Tensor, parameter: Callable[[Tensor, int], Tensor]) -> None:
+    def load_together(
+        self,
+        lanes: Tensor,
+        parameter: Callable[[Tensor, int], Tensor],
+        noise: Noise | None = None,
+    ) -> None:
         """As :meth:`load`, all lanes in one operation each.
 
         Args:
             lanes: int64 ``[k]`` on the device.
             parameter: (lanes, position) to s⊙z of one parameter, ``[k, *shape]``.
+            noise: of the directions, for what kernels make of it.
         """
         if not self._kept:
             return
         values = {**self._shared, **self._reduced}
-        for i in self._used:
+        by_kernels = noise is not None and self._fused is not None
+        for i in self.shown if by_kernels else self._used:
             values[self._parameters[i]] = parameter(lanes, i)
-        self._changes.run(values)
+        if by_kernels and self._fused is not None:
+            self._fused.current.noise = noise
+            self._changes_fused.run(values)
+        else:
+            self._changes.run(values)
         for node in self._kept:
-            self._change[node].index_copy_(0, lanes, values[node])
+            if not (by_kernels and node in self._written):
+                self._change[node].index_copy_(0, lanes, values[node])
 
     def resize(self, lanes: int) -> None:
         """Forgets all directions, and makes room for another number of them."""
@@ -264,17 +321,18 @@ class Program:
         moved: Mapping[int, Tensor],
         span: slice | None,
         limit: Float | None,
+        noise: Noise | None = None,
     ) -> tuple[Float, Bool | None]:
         """The loss of this batch on some rays, float64 ``[k]``, and where it is a lower bound.
 
         Args:
-            lanes, coefficient, moved, span: as for :meth:`loss`.
+            lanes, coefficient, moved, span, noise: as for :meth:`loss`.
             limit: what each loss need not exceed, ``[k]``; beyond it a lower bound will do.
         """
         if self._summed is None:
-            total = self.loss(lanes, coefficient, moved, span)
+            total = self.loss(lanes, coefficient, moved, span, noise)
             return total.to("cpu", torch.float64).numpy(), None
-        values = self._values(lanes, coefficient, moved, span)
+        values = self._values(lanes, coefficient, moved, span, noise)
         target = self._shared[self._summed.target]
         sums, outside = self._ray_losses(
             # The core has no bfloat16, in which a coarse engine's outputs come.
@@ -298,19 +356,22 @@ class Program:
         where: slice,
         first: bool,
         last: bool,
+        noise: Noise | None = None,
     ) -> LossPart:
         """What the loss of this batch on some rays is made of, left on the device.
 
         Args:
-            lanes, coefficient, moved, span: as for :meth:`loss`.
+            lanes, coefficient, moved, span, noise: as for :meth:`loss`.
             total: weight of all batches.
             where, first, last: of the part.
         """
         scale = self.weight / total
         if self._summed is None:
-            result = self.loss(lanes, coefficient, moved, span)
+            result = self.loss(lanes, coefficient, moved, span, noise)
             return LossPart(result, None, "given", scale, where, first, last)
-        outputs = self._values(lanes, coefficient, moved, span)[self._summed.outputs]
+        outputs = self._values(lanes, coefficient, moved, span, noise)[self._summed.outputs]
+        # The outputs of a coarse engine may be narrower.
+        outputs = outputs.to(coefficient.dtype)
         target, ignored = self._shared[self._summed.target], self._summed.ignore_index
         if not self._target_is_checked:
             check_target(outputs, target, kind=self._summed.kind, ignore_index=ignored)
@@ -320,17 +381,24 @@ class Program:
         )
 
     def loss(
-        self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
+        self,
+        lanes: Int,
+        coefficient: Tensor,
+        moved: Mapping[int, Tensor],
+        span: slice | None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """The loss of this batch on some rays ``[k]``, by the graph's own last operation.
 
         Args:
             lanes: int64 ``[k]``.
             coefficient: c ``[k]``.
-            moved: W + c·Z of the parameters :attr:`moved`, ``[k, *shape]`` by position.
+            moved: W + c·Z of the parameters :attr:`moved`, or of :attr:`moved_fused` with
+                ``noise``, ``[k, *shape]`` by position.
             span: the lanes as a slice, where they are one.
+            noise: of the directions, for what kernels make of it.
         """
-        values = self._values(lanes, coefficient, moved, span)
+        values = self._values(lanes, coefficient, moved, span, noise)
         result: Tensor = values[self._result].reshape(len(lanes))
         return result
 
@@ -347,7 +415,7 @@ class Program:
         values = {**self._shared}
         for i in self.moved:
             values[self._parameters[i]] = moved[i].detach().requires_grad_()
-        for node, value in self._totals(lanes, coefficient, span).items():
+        for node, value in self._totals(self._kept, lanes, coefficient, span).items():
             values[node] = value.requires_grad_()
         leaves = [*(self._parameters[i] for i in self.moved), *self._kept]
         tensors = [values[leaf] for leaf in leaves]
@@ -410,19 +478,33 @@ class Program:
         return gradients
 
     def _values(
-        self, lanes: Int, coefficient: Tensor, moved: Mapping[int, Tensor], span: slice | None
+        self,
+        lanes: Int,
+        coefficient: Tensor,
+        moved: Mapping[int, Tensor],
+        span: slice | None,
+        noise: Noise | None = None,
     ) -> Values:
         values = {**self._shared}
+        if noise is not None and self._fused is not None:
+            for i in self.moved_fused:
+                values[self._parameters[i]] = moved[i]
+            values.update(self._totals(self._kept_fused, lanes, coefficient, span))
+            self._fused.current.noise = noise
+            self._steps_fused.run(values)
+            return values
         for i in self.moved:
             values[self._parameters[i]] = moved[i]
-        values.update(self._totals(lanes, coefficient, span))
+        values.update(self._totals(self._kept, lanes, coefficient, span))
         self._steps.run(values)
         return values
 
-    def _totals(self, lanes: Int, coefficient: Tensor, span: slice | None) -> Values:
+    def _totals(
+        self, nodes: Sequence[fx.Node], lanes: Int, coefficient: Tensor, span: slice | None
+    ) -> Values:
         """base + c·change of what is kept."""
         totals: Values = {}
-        for node in self._kept:
+        for node in nodes:
             base, change = self._base[node], self._change[node]
             if span is None and base.device.type != "cpu":
                 index = torch.from_numpy(lanes).to(base.device)
@@ -511,12 +593,14 @@ def _instructions(
     *,
     keep: set[fx.Node] | None = None,
     reusable: set[fx.Node] | None = None,
+    fused: Mapping[fx.Node, FusedStep] | None = None,
 ) -> _Instructions:
-    """Steps for ``nodes``, forgetting what is not needed any more."""
+    """Steps for ``nodes``, forgetting what is not needed any more; some are given."""
+    fused = fused or {}
     keep = (keep or set()) | ({result} if result is not None else set())
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        for part in node.all_input_nodes:
+        for part in fused[node].inputs if node in fused else node.all_input_nodes:
             if part in rays:
                 last[part] = node
     dying: dict[fx.Node, list[fx.Node]] = {}
@@ -527,6 +611,11 @@ def _instructions(
     own = set(reusable or ())
     instructions = _Instructions()
     for node in nodes:
+        if node in fused:
+            own.add(node)
+            step = fused[node].step
+            instructions.steps.append((node, step, tuple(dying.get(node, ()))))
+            continue
         source = node.args[0] if node.args else None
         reuse = (
             reusable is not None
