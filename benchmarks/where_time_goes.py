@@ -1,6 +1,6 @@
 """Where the time of a direction goes: ``python -m benchmarks.where_time_goes [--data DIR] …``.
 
-For each traced network of the table, with the plan that it gets: noise, what is made once a direction
+For each traced network of the table, with the plan it gets: noise, what is made once a direction
 (for most nets x·Z), and a loss at a further radius, in ms a direction; and their sum with as many
 losses as a search takes.
 """
