@@ -638,8 +638,9 @@ def _layer(
             rows,
             precision,
             alone and inputs % 8 == 0,
-            # What is made of x as it is read goes through registers, as operands do below 90.
-            80 if ends.base is not None else _capability(x.device),
+            # What is made of x as it is read goes through registers, as operands do below 90, and
+            # so does what is written to places of its own.
+            80 if ends.base is not None or ends.out_places is not None else _capability(x.device),
             emulated,
         ),
         candidates=_CANDIDATES,
