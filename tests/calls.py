@@ -32,6 +32,7 @@ PLAN: dict[str, Any] = {
     "noise_threads": 1,
     "backend": "cpp",
     "block": 16,
+    "screening": "off",
 }
 
 
