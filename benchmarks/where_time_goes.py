@@ -1,6 +1,6 @@
 """Where the time of a direction goes: ``python -m benchmarks.where_time_goes [--data DIR] …``.
 
-For each traced network of the table, with the plan it gets: noise, what is made once a direction
+For two networks of the table, with the plan they get: noise, what is made once a direction
 (for most nets x·Z), and a loss at a further radius, in ms a direction; and their sum with as many
 losses as a search takes.
 """
@@ -26,7 +26,7 @@ from fastvol.engines import Indexed, Plan, open_engine
 from fastvol.metrics import metric_scale
 
 from .data import Sources
-from .problems import Problem, cifar_resnet, mnist_cnn, mnist_mlp, transformer
+from .problems import Problem, mnist_mlp, transformer
 from .record import RESULTS, record
 
 RTOL = 1e-3
@@ -126,14 +126,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.where_time_goes")
     parser.add_argument("--data", type=Path, help="folder of MNIST's train.parquet; else generated")
-    parser.add_argument("--cifar", type=Path, help="the same for CIFAR-10")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    sources = Sources(mnist=options.data, cifar=options.cifar)
+    sources = Sources(mnist=options.data)
     works: dict[str, tuple[Callable[[], Problem], int]] = {
         "MLP, 600 images": (lambda: mnist_mlp(sources), 64),
-        "CNN, 600 images": (lambda: mnist_cnn(sources), 8),
-        "ResNet, 200 images": (lambda: cifar_resnet(sources), 8),
         "transformer, 64 sequences": (lambda: transformer(sources), 32),
     }
     rows = {}
