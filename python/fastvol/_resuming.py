@@ -119,7 +119,7 @@ def agree(
 def _with_own_cores(stored: Mapping[str, Any]) -> dict[str, Any]:
     told = dict(stored)
     cores = os.cpu_count() or 1
-    for name in ("threads", "noise_threads"):
+    for name in ("threads", "noise_threads", "workers"):
         if isinstance(told.get(name), int):
             told[name] = min(told[name], cores)
     return told
