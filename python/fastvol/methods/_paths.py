@@ -19,13 +19,13 @@ from .._problem import Problem, Progress
 from .._proposal import Proposal
 from ..checkpoints.files import Piece
 from ..engines import Engine
-from ..result import Rays
+from ..result import Rays, VolumeEstimate
 from ..sampling.field import Level, RayField, log_weight
 from ..sampling.learning import learn
 from ..sampling.moves import Move
 from ..sampling.snapshots import level_from_piece, level_to_piece, run_from_piece, run_to_piece
 from ..sampling.tempering import Ancestors, Path, Run, generator_on, temper
-from ._decisions import Decision, chains_place
+from ._decisions import Decision, chains_place, decided
 from ._screen import with_screen
 from ._search import Pilot, RayLoss, make_pilot, pilot_source
 
@@ -208,6 +208,33 @@ def decision_for_chains(
         total=lab.budget.total,
         trouble=trouble,
     )
+
+
+def over_thresholds(
+    problem: Problem,
+    choose: Callable[[Laboratory], Decision],
+    sample: Callable[[Problem, Engine, float, Decision, Any], VolumeEstimate],
+) -> list[VolumeEstimate]:
+    """One estimate per threshold, all by one method of chains.
+
+    Args:
+        problem: the call.
+        choose: what the method settles first.
+        sample: its runs; given an engine, the threshold, that decision and a bar over the runs.
+    """
+
+    def one(threshold: float) -> VolumeEstimate:
+        engine = problem.engine()
+        decision = decided(
+            problem,
+            threshold,
+            ("chains",),
+            lambda: choose(laboratory(problem, engine, threshold)),
+        )
+        return sample(problem, engine, threshold, decision, bar)
+
+    with problem.bar(unit="run", total=1 + problem.replicates) as bar:
+        return problem.over_thresholds(one)
 
 
 def laboratory_of(

@@ -23,9 +23,15 @@ from ..result import VolumeEstimate
 from ..sampling.learning import perturbed
 from ..sampling.moves import CrankNicolson, GreatCircleSlice, Hamiltonian, Move, Switching
 from ..sampling.tempering import tilt
-from ._decisions import Decision, decided
+from ._decisions import Decision
 from ._laws import given_law
-from ._paths import Laboratory, decision_for_chains, laboratory, laboratory_of, run_paths
+from ._paths import (
+    Laboratory,
+    decision_for_chains,
+    laboratory_of,
+    over_thresholds,
+    run_paths,
+)
 
 # From this dimension on moves of one loss come first, and gradients where their step collapses.
 _LARGE = 50_000
@@ -33,19 +39,7 @@ _LARGE = 50_000
 
 def run(problem: Problem) -> list[VolumeEstimate]:
     """One estimate per threshold."""
-
-    def one(threshold: float) -> VolumeEstimate:
-        engine = problem.engine()
-        decision = decided(
-            problem,
-            threshold,
-            ("chains",),
-            lambda: choose_annealing(laboratory(problem, engine, threshold)),
-        )
-        return anneal(problem, engine, threshold, decision, bar)
-
-    with problem.bar(unit="run", total=1 + problem.replicates) as bar:
-        return problem.over_thresholds(one)
+    return over_thresholds(problem, choose_annealing, anneal)
 
 
 def choose_annealing(

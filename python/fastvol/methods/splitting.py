@@ -21,9 +21,15 @@ from ..errors import FastvolError
 from ..result import VolumeEstimate
 from ..sampling.moves import CrankNicolson, Hamiltonian, Move, Switching
 from ..sampling.tempering import ladder
-from ._decisions import Decision, decided
+from ._decisions import Decision
 from ._laws import given_law
-from ._paths import Laboratory, decision_for_chains, laboratory, laboratory_of, run_paths
+from ._paths import (
+    Laboratory,
+    decision_for_chains,
+    laboratory_of,
+    over_thresholds,
+    run_paths,
+)
 
 
 def run(problem: Problem) -> list[VolumeEstimate]:
@@ -33,19 +39,7 @@ def run(problem: Problem) -> list[VolumeEstimate]:
             "method='splitting' widens a law around the minimum; for Gaussian(center='origin') use "
             "method='annealed' or 'preconditioned', or fastvol.prior_mass for all minima together"
         )
-
-    def one(threshold: float) -> VolumeEstimate:
-        engine = problem.engine()
-        decision = decided(
-            problem,
-            threshold,
-            ("chains",),
-            lambda: choose_splitting(laboratory(problem, engine, threshold)),
-        )
-        return split(problem, engine, threshold, decision, bar)
-
-    with problem.bar(unit="run", total=1 + problem.replicates) as bar:
-        return problem.over_thresholds(one)
+    return over_thresholds(problem, choose_splitting, split)
 
 
 def choose_splitting(lab: Laboratory, remarks: tuple[str, ...] = ()) -> Decision:
