@@ -233,6 +233,7 @@ def in_turns(
         turns = {"search": Turn(seconds[-1], block)}
         turns |= {name: peer.turn() for name, peer in contenders.items()}
         turns["floor"] = Turn(1e-3 * floor.milliseconds(), 1)
+        turns["torch_floor"] = Turn(1e-3 * floor.milliseconds(torch_only=True), 1)
         taken.append(turns)
 
     ours.search_blocks(problem, whole.plan, block, rounds, rtol, seed, between)
@@ -252,8 +253,10 @@ def in_turns(
         "rtol": rtol,
         "ms_per_direction": {name: ms(name) for name in ("search", *contenders)},
         "ms_of_floor": ms("floor"),
+        "ms_of_torch_floor": ms("torch_floor"),
         "ratios": {name: ratio(name, "search") for name in contenders},
         "search_over_floor": ratio("search", "floor"),
+        "search_over_torch_floor": ratio("search", "torch_floor"),
         "agreement": asdict(agreements[0]),
         "rounds": len(taken),
         "turns": [{name: asdict(turn) for name, turn in turns.items()} for turns in taken],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -302,3 +304,37 @@ def test_wrong_arguments_of_perturb_and_philox_are_named():
         _core.perturb(out, np.ones(3), np.ones(3), 0, 0, ids)
     with pytest.raises(ValueError, match="n_blocks must lie in"):
         _core.philox(0, 0, 0, 2**32 - 1, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_threads_are_pytorch_s_own_and_others_in_a_child():
+    """A child of fork() has none of the threads that wait in its parent, and no use for them."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).exp()
+        wanted = normals(np.dtype(np.float32), 300_000, [1, 2, 3], threads=1)
+        for _ in range(20):
+            found = normals(np.dtype(np.float32), 300_000, [1, 2, 3], threads=2)
+            for one, other in zip(found, wanted, strict=True):
+                assert np.array_equal(one, other)
+    finally:
+        torch.set_num_threads(before)
+    child = os.fork()
+    if child == 0:
+        found = normals(np.dtype(np.float32), 300_000, [1, 2, 3], threads=2)
+        same = all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for threads that it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0

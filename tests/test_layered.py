@@ -17,13 +17,18 @@ import fastvol
 from fastvol import _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import PREFIX, Objective
-from fastvol.engines import Dense, GeneralEngine, Indexed, Plan
-from fastvol.engines.layered import LayeredEngine, UntraceableError
+from fastvol.engines import Dense, GeneralEngine, Indexed, Plan, planning
+from fastvol.engines.layered import LayeredEngine, UntraceableError, onednn, operations
 
 SEED = 5
 N = 7
 LANES = 4
 PLAN = Plan("layered", 3, LANES, True, "float64", 1, 1, "cpp", cached=True)
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.is_available(torch.float32, torch.device("cpu")),
+    reason="PyTorch has been built without oneDNN",
+)
 
 
 class Residual(nn.Module):
@@ -467,6 +472,77 @@ def test_single_precision(name: str) -> None:
     check(build(model, F.cross_entropy, (x, target)), rtol=2e-5)
 
 
+@needs_onednn
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("branches", "double-buffer")]
+)
+def test_products_by_onednn(name: str, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "_SMALL_PRODUCT", 0)
+    make, inputs = MODELS[name]
+    torch.manual_seed(8)
+    model, x = make(), inputs()
+    if isinstance(x, Tensor) and x.is_floating_point():
+        x = x.float()
+    with torch.no_grad():
+        target = torch.randint(model.float().eval()(x).shape[1], (N,))
+    plan = replace(PLAN, products="onednn", cached=cached)
+    check(build(model, F.cross_entropy, (x, target), plan), rtol=5e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", ["none", "one", "rays"])
+@pytest.mark.parametrize("rows_of_rays", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_linear_of_rays(count: int, rows_of_rays: bool, bias: str) -> None:
+    rows = torch.randn(count, 63, 17) if rows_of_rays else torch.randn(63, 17)
+    # A slice of a longer row, as the engine's parameters are.
+    weight = torch.randn(count, 400)[:, 3 : 3 + 19 * 17].view(count, 19, 17)
+    added = {"none": None, "one": torch.randn(19), "rays": torch.randn(count, 19)}[bias]
+    found = onednn.linear_of_rays(rows, weight, added)
+    wanted = torch.matmul(rows.double(), weight.double().mT)
+    if added is not None:
+        wanted = wanted + (added[:, None] if bias == "rays" else added)
+    assert found.shape == (count, 63, 19)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_is_for_float32_alone() -> None:
+    rows, weight = torch.randn(5, 4).double(), torch.randn(3, 4).double()
+    assert torch.equal(onednn.linear(rows, weight, None), F.linear(rows, weight))
+    assert not onednn.is_available(torch.float64, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = onednn.linear(rows.float(), weight.float(), None)
+        assert coarse.dtype == F.linear(rows.float(), weight.float()).dtype == torch.bfloat16
+    # The plan of another dtype does no harm.
+    model, data = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double(), None
+    data = torch.randn(N, 4).double(), torch.randint(3, (N,))
+    check(build(model, F.cross_entropy, data, replace(PLAN, products="onednn")))
+
+
+@needs_onednn
+@pytest.mark.parametrize("pays", [True, False])
+def test_products_are_chosen_by_measurement(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = planning._Trial.seconds
+
+    def timed(self: Any, engine: Any) -> float:
+        by_onednn = isinstance(engine, LayeredEngine) and engine._plan.products == "onednn"
+        return seconds(self, engine) * (1e-3 if by_onednn is pays else 1.0)
+
+    monkeypatch.setattr(planning._Trial, "seconds", timed)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = torch.randn(40, 20)
+    call: dict[str, Any] = {"data": (x, model(x).argmax(1)), "method": "radial", "progress": False}
+    result = fastvol.estimate(model, F.cross_entropy, 40, engine="layered", **call)
+    assert result.plan["products"] == ("onednn" if pays else "torch")
+    again = fastvol.estimate(model, F.cross_entropy, 40, plan=result.plan, **call)
+    assert np.array_equal(again.log_radii, result.log_radii)
+    plan = {**result.plan, "products": "abacus"}
+    with pytest.raises(ValueError, match=r"plan\['products'\]"):
+        fastvol.estimate(model, F.cross_entropy, 40, plan=plan, **call)
+
+
 def test_inputs_are_not_written_to() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
@@ -550,7 +626,9 @@ def test_estimate_chooses_and_says_why() -> None:
     assert np.array_equal(again.log_radii, result.log_radii[:50]) or again.plan == result.plan
 
 
-def test_untraceable_models_fall_back_with_the_reason() -> None:
+def test_untraceable_models_fall_back_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However fast the machine is, nothing is too short to be traced.
+    monkeypatch.setattr(planning, "_SHORT_RUN", 0.0)
     torch.manual_seed(12)
     model = _Branching(6, 3)
     data = torch.randn(3000, 6), torch.randn(3000, 3)

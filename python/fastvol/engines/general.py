@@ -70,6 +70,7 @@ class Plan:
         cached: whether it keeps what is linear in the parameters for all radii of a direction.
         workers: threads of the layered engine that take some of the lanes each.
         fused: whether it makes the noise of its other layers inside the kernels that need it.
+        products: who multiplies its matrices: ``"torch"``, or ``"onednn"`` on a CPU.
         screening: what a search looks at first to learn where to begin: ``"off"``, ``"subset"`` (of
             ``screen_examples`` examples), ``"tf32"``, ``"bfloat16"``, ``"subset in bfloat16"``,
             or ``"unmeasured"``: then a run measures which of them pays.
@@ -94,6 +95,7 @@ class Plan:
     screen_examples: int = 0
     screen_offset: float = 0.0
     fused: bool = False
+    products: str = "torch"
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -124,6 +126,8 @@ class Plan:
             count = getattr(plan, name)
             if type(count) is not int or count < 0:
                 raise ValueError(f"plan[{name!r}] must be a whole number from 0, got {count!r}")
+        if plan.products not in ("torch", "onednn"):
+            raise ValueError(f"plan['products'] must be 'torch' or 'onednn', got {plan.products!r}")
         if plan.screening not in SCREENINGS:
             raise ValueError(
                 f"plan['screening'] must be one of {', '.join(SCREENINGS)}, got {plan.screening!r}"

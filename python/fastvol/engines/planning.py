@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,16 +26,16 @@ from .general import (
     warn_of_single_rays,
 )
 from .inplace import InPlaceEngine
-from .layered import LayeredEngine, UntraceableError
+from .layered import LayeredEngine, UntraceableError, onednn
 from .memory import Peak, rows_bytes
 from .parallel import ParallelEngine
-from .protocol import Engine, Float, Indexed
+from .protocol import Engine, Float, Indexed, Int
 
 _LANES_OF_STREAMS = 32
 # Losses that a search spends on a direction, about.
 _LOSSES = 4
 # Tracing takes about as long as this many seconds of a run; shorter runs do without.
-_SHORT_RUN = 1.0
+_SHORT_RUN = 0.4
 # Of the run's own time, what the choice may take; and at the least, seconds.
 _SHARE, _LEAST = 0.03, 0.5
 _CHUNKS = (2, 4, 8, 16, 32)
@@ -43,6 +43,8 @@ _DEVICE_CHUNKS = (8, 32, 64, 128, 256, 512)
 _ROWS = (2048, 512, 128)
 # Another plan has to be faster by this much.
 _BETTER = 0.95
+# Seconds for which work that takes less is repeated.
+_SHORT_TRIAL = 0.05
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -251,7 +253,6 @@ def _layered_plan(
     Raises:
         UntraceableError: the model cannot be evaluated so, or not to the same losses.
     """
-    deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
     device = trial.layout.device
     # On a GPU one half of the lanes is evaluated while the host looks after the other.
     groups, chunks = (1, _CHUNKS) if device.type == "cpu" else (2, _DEVICE_CHUNKS)
@@ -262,9 +263,8 @@ def _layered_plan(
     )
     engine = trial.open(best)
     kept, fastest = engine.bytes_kept, trial.seconds(engine)
-    if device.type != "cpu":
-        # Kernels have been compiled on the way, which says nothing of the run.
-        deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * seconds)
+    # From here on: tracing, and on a GPU compiling, say nothing of the run.
+    deadline = time.perf_counter() + max(_LEAST, _SHARE * rays * min(seconds, fastest))
     # Its memory, before the next one is opened.
     del engine
 
@@ -288,66 +288,107 @@ def _layered_plan(
             return float("inf")
         return float("inf") if peak.is_too_high else found
 
-    fusible = device.type == "cuda" and trial.setting[3].name == "triton"
+    choices = _Choices(
+        most_lanes=most_lanes,
+        lanes=lanes,
+        examples=trial.examples,
+        groups=groups,
+        chunks=chunks,
+        workers=most_threads if device.type == "cpu" else 1,
+        onednn=onednn.is_available(trial.layout.dtype, device),
+        fusible=device.type == "cuda" and trial.setting[3].name == "triton",
+    )
     # The variants look at the best plan so far.
     found_yet = [best]
-    for variants in _variants(most_lanes, trial.examples, groups, chunks, found_yet, fusible):
+    for variants in choices.variants(found_yet):
         worse = 0
         for variant in variants:
-            found = attempt(replace(best, **variant))
-            if found < _BETTER * fastest:
-                best, fastest, worse = replace(best, **variant), found, 0
+            plan = replace(best, **variant)
+            torch.set_num_threads(plan.threads)
+            found = attempt(plan)
+            # More rays at once also ask the search less often, which is not timed here.
+            if found < (1.0 if variant.keys() == {"chunk", "lanes"} else _BETTER) * fastest:
+                best, fastest, worse = plan, found, 0
                 found_yet[0] = best
             else:
                 worse += 1
             if worse == 2:
                 break
-    if most_threads > 1:
-        other = 1 if best.threads > 1 else most_threads
-        torch.set_num_threads(other)
-        found = attempt(best)
-        if found < _BETTER * fastest:
-            best, fastest = replace(best, threads=other), found
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-            chunk = best.chunk if lanes is None else max(1, lanes // most_threads)
-            each = replace(
-                best,
-                chunk=chunk,
-                lanes=lanes or min(most_threads * chunk, block),
-                threads=1,
-                workers=most_threads,
-            )
-            found = attempt(each)
-            if found < _BETTER * fastest:
-                best, fastest = each, found
-        torch.set_num_threads(best.threads)
+    torch.set_num_threads(best.threads)
     return best, fastest
 
 
-def _variants(
-    most_lanes: int,
-    examples: int,
-    groups: int,
-    chunks: tuple[int, ...],
-    best: list[Plan],
-    fusible: bool,
-) -> Iterator[list[dict[str, Any]]]:
-    """Changes to try, one list after the other; of each the first that helps no more ends it."""
-    yield [{"cached": False}]
-    sizes = [
-        {"chunk": chunk, "lanes": max(groups * chunk, min(4, most_lanes))}
-        for chunk in chunks
-        if groups * chunk <= most_lanes
-    ]
-    yield sizes
-    if fusible:
-        # Then larger sizes, for which the other form may have had no memory.
-        chunk = best[0].chunk
-        yield [{"fused": True}]
-        if best[0].fused:
-            yield [size for size in sizes if size["chunk"] > chunk]
-    yield [{"rows": rows} for rows in _ROWS if 2 * rows <= examples]
+@dataclass(frozen=True)
+class _Choices:
+    """What a layered plan may be changed in.
+
+    Args:
+        most_lanes: rays in flight.
+        lanes: the number that was asked for.
+        examples: of the largest batch.
+        groups: parts of the lanes that are evaluated in turn.
+        chunks: numbers of rays to try at once.
+        workers: the most threads that take rays of their own.
+        onednn: whether there is another way to multiply.
+        fusible: whether kernels can make the noise.
+    """
+
+    most_lanes: int
+    lanes: int | None
+    examples: int
+    groups: int
+    chunks: tuple[int, ...]
+    workers: int
+    onednn: bool
+    fusible: bool
+
+    def variants(self, best: list[Plan]) -> Iterator[list[dict[str, Any]]]:
+        """Changes to try, one list after the other; of each the first that helps no more ends it.
+
+        What may change most comes first: a short run has not the time for all.
+        """
+        yield [{"cached": False}]
+        if self.onednn:
+            yield [{"products": "onednn"}]
+        if self.workers > 1:
+            yield [self._working(best[0], self.workers)]
+        working = best[0].workers
+        sizes = [
+            self._working(replace(best[0], chunk=chunk), working)
+            if working > 1
+            else {"chunk": chunk, "lanes": max(self.groups * chunk, min(4, self.most_lanes))}
+            for chunk in self.chunks
+            if self.groups * chunk * working <= self.most_lanes
+        ]
+        yield sizes
+        if self.fusible:
+            # Then larger sizes, for which the other form may have had no memory.
+            chunk = best[0].chunk
+            yield [{"fused": True}]
+            if best[0].fused:
+                yield [size for size in sizes if size["chunk"] > chunk]
+        if best[0].chunk > 1:
+            # What was settled for one ray at a time.
+            if self.onednn:
+                yield [{"products": "torch" if best[0].products == "onednn" else "onednn"}]
+            if self.workers > 1:
+                other = 1 if working > 1 else self.workers
+                yield [self._working(best[0], other)]
+        yield [{"rows": rows} for rows in _ROWS if 2 * rows <= self.examples]
+        if self.workers > 1 and best[0].workers == 1:
+            yield [{"threads": 1 if best[0].threads > 1 else self.workers}]
+
+    def _working(self, plan: Plan, workers: int) -> dict[str, Any]:
+        """Change to a number of workers."""
+        chunk = plan.chunk if self.lanes is None else max(1, self.lanes // workers)
+        chunk = min(chunk, max(1, self.most_lanes // workers))
+        few = min(4, self.most_lanes)
+        return {
+            "chunk": chunk,
+            "lanes": self.lanes or max(workers * chunk, few),
+            "threads": 1 if workers > 1 else self.workers,
+            "workers": workers,
+        }
 
 
 class _Trial:
@@ -424,19 +465,31 @@ class _Trial:
 
     def seconds(self, engine: Engine) -> float:
         """Of a direction: loading it, and the losses that a search takes."""
-        ids = np.arange(engine.lanes)
-        radii = np.full(engine.lanes, self.radius)
-        load = loss = float("inf")
+        lanes, radii = np.arange(engine.lanes), np.full(engine.lanes, self.radius)
+
+        def load(some: Int) -> None:
+            engine.load(some, Indexed(0, some, stream=PROBE_STREAM))
+
         began = time.perf_counter()
-        for _ in range(5):
+        load(lanes)
+        engine.loss(radii)
+        middle = time.perf_counter()
+        engine.loss(radii)
+        loss = time.perf_counter() - middle
+        once = max(middle - began - loss, 0.0) + _LOSSES * loss
+        if once > _SHORT_TRIAL:
+            return once / engine.lanes
+        # As in a search, where now this ray is settled and now that: each lane gets a new one in
+        # one of so many rounds, whenever that may be.
+        generator = np.random.default_rng(0)
+        turns = generator.integers(0, _LOSSES, len(lanes))
+        best, began = float("inf"), time.perf_counter()
+        while time.perf_counter() - began < _SHORT_TRIAL:
             start = time.perf_counter()
-            engine.load(ids, Indexed(0, ids, stream=PROBE_STREAM))
-            engine.loss(radii)
-            middle = time.perf_counter()
-            engine.loss(radii)
-            end = time.perf_counter()
-            loss = min(loss, end - middle)
-            load = min(load, middle - start)
-            if end - began > 0.05:
-                break
-        return (max(load - loss, 0.0) + _LOSSES * loss) / engine.lanes
+            for turn in range(_LOSSES):
+                settled = lanes[turns == turn]
+                if len(settled):
+                    load(settled)
+                engine.loss(radii)
+            best = min(best, time.perf_counter() - start)
+        return best / engine.lanes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from . import onednn
 from .engine import LayeredEngine
 from .tracing import UntraceableError
 
-__all__ = ["LayeredEngine", "UntraceableError"]
+__all__ = ["LayeredEngine", "UntraceableError", "onednn"]

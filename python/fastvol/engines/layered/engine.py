@@ -17,6 +17,7 @@ from ..._objective import Batch, Objective
 from ..general import GeneralEngine, Plan, span_of
 from ..memory import kept_bytes, to_device
 from ..protocol import Bool, Dense, Float, Indexed, Int, Losses, LossPart, RayInfo, Rays
+from . import onednn
 from .fused import Family, Noise, Parameters
 from .program import Program
 from .rowspace import RowSpace, row_space
@@ -503,6 +504,8 @@ class LayeredEngine(GeneralEngine):
             gradients_of=gradients_of,
             parameters=self._by_kernels if gradients_of is None else None,
             fused=self._is_fused,
+            by_onednn=self._plan.products == "onednn"
+            and onednn.is_available(self._theta0.dtype, self.device),
         )
 
 

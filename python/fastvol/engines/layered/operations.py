@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from . import onednn
 from .tracing import arguments
 
 Values = dict[fx.Node, Any]
@@ -24,14 +25,25 @@ Step = Callable[[Values], Any]
 Rule = Callable[[fx.Node, Set[fx.Node], Values], "Step | None"]
 
 _RULES: dict[str, Rule] = {}
+# Of layers that oneDNN can multiply.
+_ONEDNN_RULES: dict[str, Rule] = {}
 
 _MEAN, _SUM = 1, 2
+# Fewer multiplications are over before oneDNN has begun: better many rays in one operation.
+_SMALL_PRODUCT = 1 << 22
 # A convolution of more columns a patch is faster as it stands, and one of more bytes is too large.
 _MOST_COLUMNS = 128
 _PATCHES_BYTES = 256 << 20
 
 
-def step_for(node: fx.Node, rays: Set[fx.Node], shared: Values, *, reuse: bool = False) -> Step:
+def step_for(
+    node: fx.Node,
+    rays: Set[fx.Node],
+    shared: Values,
+    *,
+    reuse: bool = False,
+    by_onednn: bool = False,
+) -> Step:
     """The function that makes the ray value of ``node``.
 
     Args:
@@ -39,11 +51,15 @@ def step_for(node: fx.Node, rays: Set[fx.Node], shared: Values, *, reuse: bool =
         rays: the nodes that have ray values.
         shared: the values of the others.
         reuse: whether the first argument's memory may be overwritten.
+        by_onednn: whether oneDNN multiplies matrices where it can.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return _call(node)
-    rule = _RULES.get(operation_name(node))
-    step = None if rule is None else rule(node, rays, shared)
+    name, step = operation_name(node), None
+    if by_onednn and name in _ONEDNN_RULES:
+        step = _ONEDNN_RULES[name](node, rays, shared)
+    if step is None and name in _RULES:
+        step = _RULES[name](node, rays, shared)
     if step is None and torch.Tag.pointwise in node.target.tags:
         step = _pointwise(node, rays, reuse)
     return _by_vmap(node, rays) if step is None else step
@@ -70,10 +86,10 @@ def evaluate(node: fx.Node, values: Values) -> Any:
     return node.target(*args, **kwargs)
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
+def _rule(*names: str, rules: dict[str, Rule] = _RULES) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         for name in names:
-            _RULES[name] = rule
+            rules[name] = rule
         return rule
 
     return register
@@ -313,6 +329,25 @@ def _linear(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step:
     return run
 
 
+@_rule("linear", rules=_ONEDNN_RULES)
+def _linear_by_onednn(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step | None:
+    given = arguments(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    out_shape = shape_of(node)
+    if weight not in rays:
+        return None
+    if x in rays and shape_of(x).numel() * out_shape[-1] < _SMALL_PRODUCT:
+        return None
+
+    def run(values: Values) -> Tensor:
+        w, rows = values[weight], values[x]
+        rows = rows.reshape(*rows.shape[:1] * (x in rays), -1, w.shape[-1])
+        b = None if bias is None else values[bias]
+        return onednn.linear_of_rays(rows, w, b).view(len(w), *out_shape)
+
+    return run
+
+
 @_rule("addmm")
 def _addmm(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step | None:
     given = arguments(node)
@@ -347,7 +382,7 @@ def _convolution(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step | No
     if x not in rays and weight in rays:
         patches = _patches(node, shared[x])
     if patches is not None:
-        return _by_patches(node, rays, *patches)
+        return _by_patches(node, rays, *patches, by_onednn=False)
 
     def one(values: Values, ray: int) -> Tensor:
         def of(part: fx.Node | None) -> Tensor | None:
@@ -406,8 +441,23 @@ def _patches(node: fx.Node, images: Tensor) -> tuple[Tensor, tuple[int, int]] | 
     return unfolded.mT.reshape(-1, columns).contiguous(), (height, width)
 
 
+@_rule("conv2d", rules=_ONEDNN_RULES)
+def _patches_by_onednn(node: fx.Node, rays: Set[fx.Node], shared: Values) -> Step | None:
+    given = arguments(node)
+    x, weight = given["input"], given["weight"]
+    if x in rays or weight not in rays or len(shape_of(x)) != len(shape_of(weight)):
+        return None
+    patches = _patches(node, shared[x])
+    return None if patches is None else _by_patches(node, rays, *patches, by_onednn=True)
+
+
 def _by_patches(
-    node: fx.Node, rays: Set[fx.Node], patches: Tensor, positions: tuple[int, int]
+    node: fx.Node,
+    rays: Set[fx.Node],
+    patches: Tensor,
+    positions: tuple[int, int],
+    *,
+    by_onednn: bool,
 ) -> Step:
     given = arguments(node)
     weight, bias = given["weight"], given["bias"]
@@ -416,11 +466,13 @@ def _by_patches(
 
     def run(values: Values) -> Tensor:
         w = values[weight].flatten(2)
+        b = None if bias is None else values[bias]
         rows = patches.expand(len(w), -1, -1)
-        if bias is None:
+        if by_onednn:
+            result = onednn.linear_of_rays(patches, w, b)
+        elif b is None:
             result = torch.bmm(rows, w.mT)
         else:
-            b = values[bias]
             result = torch.baddbmm(b[:, None, :] if bias in rays else b, rows, w.mT)
         return result.view(len(w), n, height, width, -1).permute(0, 1, 4, 2, 3)
 

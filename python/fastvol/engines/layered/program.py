@@ -59,6 +59,7 @@ class Program:
         gradients_of: the program whose gradients this one is for: it keeps what that one keeps.
         parameters: for kernels that make the noise themselves; ``None`` is without them.
         fused: whether they run layers on rays too.
+        by_onednn: whether oneDNN multiplies matrices where it can.
 
     Attributes:
         moved: positions of the parameters that :meth:`loss` has to be given.
@@ -80,9 +81,12 @@ class Program:
         gradients_of: Program | None = None,
         parameters: Parameters | None = None,
         fused: bool = False,
+        by_onednn: bool = False,
     ) -> None:
         self._lanes = lanes
         self._gradients_of = gradients_of
+        # It has no gradients.
+        self._by_onednn = by_onednn and gradients_of is None
         self._target_is_checked = False
         self._ray_losses = ray_losses
         self.weight = batch.weight
@@ -154,11 +158,11 @@ class Program:
         if self._summed is not None:
             # The core's own sum takes the place of the last step.
             last, nonlinear = self._summed.outputs, [n for n in nonlinear if n is not self._result]
-        self._steps = _instructions(nonlinear, rays, self._shared, last, reusable=reusable)
+        self._steps = self._instructions(nonlinear, rays, last, reusable=reusable)
         # The same operations on W give the base, and on Z the change.
         needed = _ancestors(self._kept)
         linear = [n for n in nodes if n in self._linear and n in needed and _is_call(n)]
-        self._changes = _instructions(linear, rays, self._shared, None, keep=set(self._kept))
+        self._changes = self._instructions(linear, rays, None, keep=set(self._kept))
         # What stands for the data while changes are made.
         self._reduced: Values = {}
         if self._gradients_of is None:
@@ -198,8 +202,8 @@ class Program:
         if self._fused is None:
             return
         made, self._written = self._fused.changes(linear, self._base, self._change, self._shared)
-        self._changes_fused = _instructions(
-            linear, rays, self._shared, None, keep=set(self._kept), fused=made
+        self._changes_fused = self._instructions(
+            linear, rays, None, keep=set(self._kept), fused=made
         )
         self.shown = self._read(node for node in linear if node not in made)
         if not on_rays:
@@ -207,11 +211,22 @@ class Program:
         steps = self._fused.layers(nonlinear, rays, self._base, self._change, self._shared)
         absorbed = {node for step in steps.values() for node in step.absorbed}
         rest = [node for node in nonlinear if node not in absorbed]
-        self._steps_fused = _instructions(
-            rest, rays, self._shared, last, reusable=set(self._kept), fused=steps
+        self._steps_fused = self._instructions(
+            rest, rays, last, reusable=set(self._kept), fused=steps
         )
         self.moved_fused = self._read(node for node in rest if node not in steps)
         self._kept_fused = [node for node in self._kept if node not in absorbed]
+
+    def _instructions(
+        self,
+        nodes: Sequence[fx.Node],
+        rays: set[fx.Node],
+        result: fx.Node | None,
+        **options: Any,
+    ) -> _Instructions:
+        return _instructions(
+            nodes, rays, self._shared, result, by_onednn=self._by_onednn, **options
+        )
 
     def _read(self, nodes: Iterable[fx.Node]) -> list[int]:
         """Positions of the parameters that some nodes read."""
@@ -594,6 +609,7 @@ def _instructions(
     keep: set[fx.Node] | None = None,
     reusable: set[fx.Node] | None = None,
     fused: Mapping[fx.Node, FusedStep] | None = None,
+    by_onednn: bool = False,
 ) -> _Instructions:
     """Steps for ``nodes``, forgetting what is not needed any more; some are given."""
     fused = fused or {}
@@ -626,7 +642,7 @@ def _instructions(
             and _same_kind(source, node)
             and node.args[1:].count(source) == 0
         )
-        step = step_for(node, rays, shared, reuse=reuse)
+        step = step_for(node, rays, shared, reuse=reuse, by_onednn=by_onednn)
         if not is_view(node.target) and not _is_alias(node) and operation_name(node):
             own.add(node)
         instructions.steps.append((node, step, tuple(dying.get(node, ()))))
