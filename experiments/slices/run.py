@@ -153,7 +153,8 @@ def title(found: Mapping[str, Any]) -> str:
     left = sum(loss < found["threshold"] for loss in last["losses_of_minima"])
     return (
         f"Below the threshold lies {', '.join(shares)} images of the plane through three minima; "
-        f"at {last['landscape']} images {left} of them are left ({found['title']})"
+        f"at {last['landscape']} images {left} of the {len(last['losses_of_minima'])} minima "
+        f"{'is' if left == 1 else 'are'} left ({found['title']})"
     )
 
 
