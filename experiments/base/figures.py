@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,34 @@ def plain(
 
 def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
     """The legend: the lines, then what a filled and an open mark mean, as far as they occur."""
+    _explain_marks(ax, entries)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(**options)
+
+
+def explain_below(
+    figure: Figure, axes: Sequence[Axes], *, entries: Iterable[Mapping[str, Any]], **options: Any
+) -> None:
+    """As :func:`explain`, one legend under panels that are filled to the rim.
+
+    Args:
+        figure: of the panels.
+        axes: whose lines and marks it explains; what several of them have stands there once.
+        entries: that the panels show.
+        options: of the legend.
+    """
+    _explain_marks(axes[0], entries)
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    columns = min(len(handles), max(2, round(figure.get_figwidth() / 1.9)))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **options
+    )
+
+
+def _explain_marks(ax: Axes, entries: Iterable[Mapping[str, Any]]) -> None:
     shown = [entry for entry in entries if number(entry.get("value")) is not None]
     doubtful = {entry.get("bound", "lower") for entry in shown if not entry["reliable"]}
     if any(entry["reliable"] for entry in shown):
@@ -169,8 +197,6 @@ def explain(ax: Axes, *entries: Mapping[str, Any], **options: Any) -> None:
     if doubtful:
         label = ", ".join(words[bound] for bound in words if bound in doubtful)
         ax.plot([], [], "o", color="0.4", markerfacecolor="white", label=label)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(**options)
 
 
 def several(count: int, one: str, many: str | None = None) -> str:

@@ -163,10 +163,11 @@ def draw(found: Mapping[str, Any]) -> Figure:
                         color=figures.COLORS[index % len(figures.COLORS)],
                         linewidth=2.5,
                     )
-    for ax, key in zip(axes[0], shown, strict=True):
+    for ax in axes[0]:
         figures.log_axis(ax)
         ax.set_xlabel("images of the landscape (tick: the minimum vanishes)")
-        figures.explain(ax, *shown[key], title="trained on")
+    marks = [*shown["filled"], *shown["published"]]
+    figures.explain_below(figure, axes[0], entries=marks, title="trained on")
     radius = found["radius"]
     axes[0][0].set_ylabel(
         "φ(R), nats" if radius is None else f"log filled fraction φ(R = {radius:.3g}), nats"
