@@ -294,6 +294,8 @@ def draw(found: Mapping[str, Any]) -> Figure:
     for ax in axes[0]:
         figures.log_axis(ax)
         ax.set_xlabel("directions n")
+    entries = [row for body in bodies for row in body["rows"]] + network["rows"]
+    figures.explain_below(figure, axes[0][:-1], entries=entries)
     return figure
 
 
@@ -303,4 +305,3 @@ def _by_method(ax: Any, rows: list[Mapping[str, Any]]) -> None:
         # Seeds stand side by side.
         x = [row["n"] * 1.08 ** (row["seed"] + 3 * (index - 1)) for row in mine]
         figures.series(ax, x, mine, index, method, line=False)
-    figures.explain(ax, *rows)

@@ -170,8 +170,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
         x = [100 * amount / case["base"] for amount in amounts]
         label = f"{case['title']}, {case['base']} clean"
         if case["radius"] is not None:
+            label = f"{label}, R = {case['radius']:.3g}"
             means = [over_seeds([row["filled"] for row in group]) for group in groups]
-            figures.series(filled_ax, x, means, index, f"{label}, R = {case['radius']:.3g}")
+            figures.series(filled_ax, x, means, index, label)
             shown += means
         per_parameter = [
             _per_parameter(over_seeds([row["published"] for row in group]), group)
@@ -191,8 +192,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
     filled_ax.set_ylabel("log filled fraction φ(R), nats")
     published_ax.set_ylabel("log mean r^d / d, nats")
     accuracy_ax.set_ylabel("test accuracy, %")
-    figures.explain(filled_ax, *shown)
-    figures.explain(published_ax, *published)
+    figures.explain_below(figure, axes[0], entries=[*shown, *published])
     return figure
 
 
