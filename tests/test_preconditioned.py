@@ -480,3 +480,23 @@ def test_a_loss_that_is_not_a_number_further_out():
         assert result.n_nonfinite == 50
         assert abs(result.log_volume - truth) < 4.0 * result.stderr + 1e-6
         assert result.stderr < 0.1
+
+
+@pytest.mark.parametrize("n", [600, 1000, 1600, 3000])
+def test_more_directions_choose_no_worse_law(n):
+    """Axes of very different lengths: the diagonal of the curvature is all of it."""
+    a = np.exp(np.linspace(-2.0, 2.0, 300))
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(300, dtype=torch.float64))
+    scale = torch.from_numpy(a)
+    result = fastvol.estimate(
+        model,
+        lambda m: ((m.w / scale) ** 2).sum(),
+        n=n,
+        threshold=1.0,
+        method="preconditioned",
+        progress=False,
+    )
+    truth = 150 * math.log(math.pi) - math.lgamma(151) + np.log(a).sum()
+    assert result.reliable
+    assert abs(result.log_volume - truth) < 1e-6

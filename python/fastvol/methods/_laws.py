@@ -121,12 +121,14 @@ def auto_law(lab: Laboratory) -> tuple[Proposal | None, list[str]]:
     affordable = _CURVATURE_SHARE * lab.budget.total
     products = {
         "hessian": problem.dim if problem.dim <= preconditioners.EXACT_DIM else math.inf,
-        "lowrank": _LOWRANK_PRODUCTS,
         "diagonal": _DIAGONAL_PRODUCTS,
+        "lowrank": _LOWRANK_PRODUCTS,
     }
     for name, count in products.items():
-        if 2 * GRADIENT_COST * count > affordable:
+        cost = 2 * GRADIENT_COST * count
+        if cost > affordable:
             continue
+        affordable -= cost
         try:
             with warnings.catch_warnings():
                 # Nobody asked for this curvature; the pilot judges what it is worth.
@@ -139,8 +141,9 @@ def auto_law(lab: Laboratory) -> tuple[Proposal | None, list[str]]:
         tried.append(f"{name} {sd:.3g}")
         if sd < best_sd:
             best, best_sd = law, sd
-        # The cheaper ones know less of the same curvature.
-        break
+        if name == "hessian" or best_sd < _GOOD:
+            # The others know less of the same curvature.
+            break
     if best_sd >= _GOOD:
         improved = lab.improve(best, 32, 0)
         if improved is not best:
