@@ -286,7 +286,8 @@ def draw(found: Mapping[str, Any]) -> Figure:
     ]
     for index, (label, entries) in enumerate(lines):
         figures.series(masses, sizes, entries, index, label)
-    figures.explain(masses, *[entry for _, entries in lines for entry in entries])
+    marks = [entry for _, entries in lines for entry in entries]
+    figures.explain_below(figure, [masses], entries=marks)
     masses.set_ylabel("log mass under the prior, nats")
 
     pairs = (
