@@ -19,11 +19,12 @@ import fastvol
 from fastvol import FastvolError, Gaussian, Lebesgue, NotAvailableError, _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import Objective
+from fastvol._precision import products
 from fastvol._reference.search_step import Number, Rule, SearchState
 from fastvol._reference.threshold_step import threshold_step
 from fastvol.engines import GeneralEngine, Indexed, Plan
 from fastvol.engines.layered import LayeredEngine
-from fastvol.engines.rounds import Rounds
+from fastvol.engines.rounds import Pools, Rounds
 
 pytest.importorskip("triton")
 
@@ -438,6 +439,7 @@ def test_a_captured_round_has_to_repeat_the_operations(
         "current_stream": lambda device: _Stream(),
         "stream": lambda stream: nullcontext(),
         "set_stream": lambda stream: None,
+        "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     while plain.settled() < 5:
@@ -451,6 +453,15 @@ def test_a_captured_round_has_to_repeat_the_operations(
         assert captured.trouble == "operation not permitted when stream is capturing"
     elif trouble:
         assert captured.trouble == "the captured round gave other losses"
+
+
+def test_other_directions_are_captured_into_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    pools = Pools()
+    assert [pools.of(bound) for bound in (None, None, "a", "a", "b", "a")] == [0, 0, 1, 1, 2, 3]
+    pools.forget()
+    assert [pools.of("a"), pools.of("a")] == [4, 4]
 
 
 class _Stream:
@@ -530,10 +541,10 @@ def trained(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products and convolutions of a GPU in full float32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact() -> Iterator[None]:
+    """Products and convolutions of a GPU in full float32, by either of PyTorch's interfaces."""
+    with products(tf32=False):
+        yield
 
 
 @pytest.mark.gpu

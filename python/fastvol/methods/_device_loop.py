@@ -22,7 +22,7 @@ from .._problem import Problem
 from .._reference.search_step import Mark, Number, Phase, Rule
 from ..engines.memory import to_device
 from ..engines.protocol import DeviceEngine, OffDeviceError
-from ..engines.rounds import Rounds
+from ..engines.rounds import Pools, Rounds
 from ..errors import FastvolError
 
 if TYPE_CHECKING:
@@ -144,12 +144,11 @@ class _DeviceLoop:
         # The engine is the key under which this is kept.
         self._engine = weakref.proxy(engine)
         self.device = engine.device
-        gpu = self.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if gpu else None
+        pools = Pools()
         middle = (engine.lanes + 1) // 2
         bounds = [0, middle, engine.lanes] if engine.lanes > 1 else [0, 1]
         self._groups = [
-            _Group(Rounds(self._engine, slice(a, b), threshold_step, pool))
+            _Group(Rounds(self._engine, slice(a, b), threshold_step, pools))
             for a, b in itertools.pairwise(bounds)
         ]
 
