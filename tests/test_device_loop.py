@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from fastvol.engines.rounds import Pools, Rounds
 
 pytest.importorskip("triton")
 
+from fastvol import kernels
+from fastvol.kernels import threshold_step as threshold_kernels
+
 # The interpreter computes what masks will hide.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -35,6 +39,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels were made for the GPU"
 )
+
+
+@pytest.fixture
+def interpreted_kernels() -> None:
+    """For tests of which the kernels themselves are a part."""
+
+
+@pytest.fixture(autouse=True)
+def _loop_alone(request: pytest.FixtureRequest) -> None:
+    if "interpreted_kernels" not in request.fixturenames:
+        request.getfixturevalue("by_definition")
 
 
 def network(outputs: int = 3) -> nn.Module:
@@ -88,14 +103,30 @@ def agree(host: Any, device: Any, rtol: float = 2e-5) -> None:
 
 @interpreter
 @pytest.mark.parametrize("engine", ["general", "layered"])
-def test_radii_are_those_of_the_core(engine: str) -> None:
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_radii_are_those_of_the_core(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    step, normals = threshold_kernels.threshold_step, kernels.write_normals
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args, **options)
+
+        return functools.wraps(function)(call)
+
+    monkeypatch.setattr(threshold_kernels, "threshold_step", counted(step))
+    monkeypatch.setattr(kernels, "write_normals", counted(normals))
+    _backend._triton_backend.cache_clear()
     model = network()
     host, device = both(model, F.cross_entropy, labelled(model, 13, 6), engine=engine)
     agree(host, device)
     assert device.n_loss == host.n_loss
     assert device.provenance["loop"] == "cpu, operation by operation"
     assert device.provenance["engine"] == engine
-    assert 0 < device.provenance["engine_seconds"] < 1.1 * device.provenance["run_seconds"]
+    assert 0 < device.provenance["engine_seconds"] < 1.1 * device.seconds
+    assert {"threshold_step", "write_normals"} <= set(calls)
+    _backend._triton_backend.cache_clear()
 
 
 @interpreter
@@ -486,6 +517,7 @@ def test_auto_on_a_gpu_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.select("triton")
 
 
+@pytest.mark.usefixtures("interpreted_kernels")
 def test_dtypes_that_the_kernels_do_not_know_go_to_the_reference() -> None:
     backend = _backend.select("triton")
     state = SearchState.empty(1, "cpu")

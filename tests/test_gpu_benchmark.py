@@ -15,6 +15,7 @@ from benchmarks import gpu, gpu_runs
 pytest.importorskip("triton")
 
 
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tiny sizes are for the interpreter")
 def test_every_row_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

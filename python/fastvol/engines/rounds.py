@@ -158,7 +158,11 @@ class Rounds:
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             pool = self._pools.of(self._bound)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # On the same stream, for which libraries have their working memory by now; PyTorch's
+            # own choice is of whatever device came first.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 self._round()
             graph.replay()
             if self._agrees(wanted, saved[1]):
