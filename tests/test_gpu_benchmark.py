@@ -36,6 +36,7 @@ def test_every_row_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert capsys.readouterr().out.count("\n| ") == len(rows)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_row_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bench: gpu.Bench) -> None:
         raise ZeroDivisionError("broken")
