@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Builds fastvol, runs the tests that need a GPU, and measures the table of gpu.py; under 9 minutes.
+# With what is left of them the kernels' other tests run too, and compute-sanitizer looks at them.
 #
 #     benchmarks/gpu.sh [WHEELS]
 #
@@ -39,3 +40,24 @@ fi
 # The rest of 9 minutes; what has been measured by then is kept.
 left=$((530 - SECONDS))
 timeout "$left" "$python" -m benchmarks.gpu --seconds $((left - 50)) --tests "$tests"
+status=$?
+
+# With the time that is left: awkward sizes, which elsewhere are the interpreter's, and whether any
+# access goes astray.
+kernels="tests/test_kernels_noise.py tests/test_threshold_step.py tests/test_kernels_linear.py"
+left=$((535 - SECONDS))
+if [ "$tests" -ge 0 ] && [ "$left" -gt 20 ]; then
+    # shellcheck disable=SC2086
+    timeout "$left" "$python" -m pytest -q -m "not gpu and not slow" -W default $workers \
+        -p no:cacheprovider $kernels
+    echo "the kernels' other tests on the card ended with $?"
+fi
+left=$((535 - SECONDS))
+if [ "$tests" -ge 0 ] && [ "$left" -gt 40 ] && command -v compute-sanitizer >/dev/null; then
+    # shellcheck disable=SC2086
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$left" \
+        compute-sanitizer --target-processes all --error-exitcode 9 \
+        "$python" -m pytest -q -x -m "not gpu and not slow" -W default -p no:cacheprovider $kernels
+    echo "compute-sanitizer ended with $? (9: it found something, 124: there was no more time)"
+fi
+exit $status

@@ -173,6 +173,9 @@ class InPlaceEngine:
 
     def _kernel_launches(self) -> _Launches | None:
         """What writes a ray by kernels that make the noise in registers, if they can all of it."""
+        known = self._layout.dtype in (torch.float32, torch.float64)
+        if self._backend.name != "triton" or not known or self._layout.is_sharded:
+            return None
         parts = []
         for i, spans in enumerate(self._spans_of):
             values, theta0 = self._layout.local[i].values, self._theta0[i]
@@ -183,10 +186,7 @@ class InPlaceEngine:
             for span in spans:
                 at = slice(span.start, span.start + span.length)
                 parts.append((values.view(-1)[at], theta0.view(-1)[at], span))
-        known = self._layout.dtype in (torch.float32, torch.float64)
-        if self._backend.name != "triton" or not known or self._layout.is_sharded or not parts:
-            return None
-        return _Launches(self._backend.perturb, parts, self._layout.device)
+        return _Launches(self._backend.perturb, parts, self._layout.device) if parts else None
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`; dense rays are kept, a row each."""
