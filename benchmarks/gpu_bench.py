@@ -46,6 +46,8 @@ class Bench:
         self._problems: dict[str, Problem] = {}
         self._bisection: dict[str, float] = {}
         self.limits: dict[str, float] = {}
+        # Of the long run.
+        self.plan: dict[str, Any] | None = None
 
     def size(self, real: int, tiny: int) -> int:
         """One of two sizes."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,10 +36,11 @@ def perturb(bench: Bench) -> Iterator[Row]:
     for lanes, d in shapes:
         theta, scale = torch.randn(2, d, device=bench.device)
         out = torch.empty(lanes, d, device=bench.device)
-        ids, c = np.arange(lanes), np.ones(lanes)
+        ids = torch.arange(lanes, device=bench.device)
+        c = torch.ones(lanes, dtype=torch.float64, device=bench.device)
         for name, s in (("", None), (", scaled", scale)):
             pass_ = partial(kernels.perturb, out, theta, c, 1, 0, ids, scale=s)
-            spent = card.seconds(pass_, bench.device)
+            spent = card.kernel_seconds(pass_, bench.device)
             moved = 4 * d * (lanes + 1 + (s is not None))
             by_bytes = moved / bench.limits["copy"]
             by_integers = lanes * d / bench.limits["normals"]
@@ -61,8 +61,9 @@ def perturb(bench: Bench) -> Iterator[Row]:
 def noise(bench: Bench) -> Iterator[Row]:
     """Normals that never leave the registers."""
     kernels = kernels_of()
-    d, ids = bench.size(235_146, 70), np.arange(bench.size(4096, 2))
-    spent = card.seconds(
+    d = bench.size(235_146, 70)
+    ids = torch.arange(bench.size(4096, 2), device=bench.device)
+    spent = card.kernel_seconds(
         lambda: kernels.direction_reductions(d, 1, 0, ids, device=bench.device), bench.device
     )
     rate = d * len(ids) / spent
@@ -108,7 +109,7 @@ def linear(bench: Bench) -> Iterator[Row]:
                 )
                 theirs = partial(_materialised, many, weight, added, z, moved)
                 with card.tf32(precision == "tf32"):
-                    spent, other = (card.seconds(f, device, repeats=5) for f in (ours, theirs))
+                    spent, other = (card.kernel_seconds(f, device) for f in (ours, theirs))
                 rate = 2 * lanes * rows * width_in * width_out / spent
                 share = rate / bench.limits[precision]
                 yield row(
@@ -142,7 +143,7 @@ def parts(bench: Bench) -> Iterator[Row]:
     c = torch.full((lanes,), 0.1, dtype=torch.float64, device=device)
 
     def told(name: str, flops: float, call: partial[Tensor]) -> Row:
-        spent = card.seconds(call, device, repeats=5)
+        spent = card.kernel_seconds(call, device)
         return row(
             f"{name}, {lanes} directions",
             f"{spent / lanes * 1e6:.4g} µs a direction, {flops * lanes / spent / 1e12:.4g} TFLOP/s",
@@ -175,7 +176,7 @@ def parts(bench: Bench) -> Iterator[Row]:
             call,
         )
     call = partial(kernels.scaled_add, base, change, c, activation="relu")
-    spent = card.seconds(call, device, repeats=5)
+    spent = card.kernel_seconds(call, device)
     rate = 8 * change.numel() / spent
     yield row(
         f"scaled_add {lanes} × {rows} × {width}",
@@ -204,7 +205,7 @@ def step(bench: Bench) -> Iterator[Row]:
         move = partial(
             backend.threshold_step, state, outputs, target, kind="cross_entropy", scale=1 / rows
         )
-        spent[name] = card.seconds(move, bench.device, repeats=bench.size(20, 1))
+        spent[name] = card.kernel_seconds(move, bench.device, repeats=bench.size(5, 1))
     yield row(
         f"threshold_step {lanes} × {rows} × 10",
         f"{spent['triton'] * 1e6:.4g} µs, operation by operation {spent['torch'] * 1e6:.4g}",

@@ -81,6 +81,8 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-# Read at import, as the sources that run were: a long run may see them change.
-_COMMIT = _git("rev-parse", "HEAD")
-_DIRTY = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
+# Read at import, as the sources that run were: a long run may see them change. A copy of them
+# without their history is told of the commit by the variable COMMIT.
+_COMMIT = _git("rev-parse", "HEAD") or os.environ.get("COMMIT")
+_CHANGES = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+_DIRTY = None if _CHANGES is None else bool(_CHANGES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from dataclasses import replace
 
 import hypothesis
 import numpy as np
@@ -41,6 +42,20 @@ def _fixed_generators() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - the generator that a caller's loss may use
     random.seed(0)
+
+
+@pytest.fixture
+def by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``backend="triton"`` runs what its kernels are defined by, on a CPU.
+
+    Triton's interpreter takes a tenth of a second for a round of the loop.
+    """
+    if not torch.cuda.is_available():
+        from fastvol import _backend
+
+        monkeypatch.setattr(
+            _backend, "_triton_backend", lambda fallback: replace(fallback, name="triton")
+        )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,13 +20,17 @@ import fastvol
 from fastvol import FastvolError, Gaussian, Lebesgue, NotAvailableError, _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import Objective
+from fastvol._precision import products
 from fastvol._reference.search_step import Number, Rule, SearchState
 from fastvol._reference.threshold_step import threshold_step
 from fastvol.engines import GeneralEngine, Indexed, Plan
 from fastvol.engines.layered import LayeredEngine
-from fastvol.engines.rounds import Rounds
+from fastvol.engines.rounds import Pools, Rounds
 
 pytest.importorskip("triton")
+
+from fastvol import kernels
+from fastvol.kernels import threshold_step as threshold_kernels
 
 # The interpreter computes what masks will hide.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -34,6 +39,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels were made for the GPU"
 )
+
+
+@pytest.fixture
+def interpreted_kernels() -> None:
+    """For tests of which the kernels themselves are a part."""
+
+
+@pytest.fixture(autouse=True)
+def _loop_alone(request: pytest.FixtureRequest) -> None:
+    if "interpreted_kernels" not in request.fixturenames:
+        request.getfixturevalue("by_definition")
 
 
 def network(outputs: int = 3) -> nn.Module:
@@ -87,14 +103,30 @@ def agree(host: Any, device: Any, rtol: float = 2e-5) -> None:
 
 @interpreter
 @pytest.mark.parametrize("engine", ["general", "layered"])
-def test_radii_are_those_of_the_core(engine: str) -> None:
+@pytest.mark.usefixtures("interpreted_kernels")
+def test_radii_are_those_of_the_core(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    step, normals = threshold_kernels.threshold_step, kernels.write_normals
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args, **options)
+
+        return functools.wraps(function)(call)
+
+    monkeypatch.setattr(threshold_kernels, "threshold_step", counted(step))
+    monkeypatch.setattr(kernels, "write_normals", counted(normals))
+    _backend._triton_backend.cache_clear()
     model = network()
     host, device = both(model, F.cross_entropy, labelled(model, 13, 6), engine=engine)
     agree(host, device)
     assert device.n_loss == host.n_loss
     assert device.provenance["loop"] == "cpu, operation by operation"
     assert device.provenance["engine"] == engine
-    assert 0 < device.provenance["engine_seconds"] < 1.1 * device.provenance["run_seconds"]
+    assert 0 < device.provenance["engine_seconds"] < 1.1 * device.seconds
+    assert {"threshold_step", "write_normals"} <= set(calls)
+    _backend._triton_backend.cache_clear()
 
 
 @interpreter
@@ -438,6 +470,7 @@ def test_a_captured_round_has_to_repeat_the_operations(
         "current_stream": lambda device: _Stream(),
         "stream": lambda stream: nullcontext(),
         "set_stream": lambda stream: None,
+        "graph_pool_handle": lambda: (0, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     while plain.settled() < 5:
@@ -451,6 +484,15 @@ def test_a_captured_round_has_to_repeat_the_operations(
         assert captured.trouble == "operation not permitted when stream is capturing"
     elif trouble:
         assert captured.trouble == "the captured round gave other losses"
+
+
+def test_other_directions_are_captured_into_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    pools = Pools()
+    assert [pools.of(bound) for bound in (None, None, "a", "a", "b", "a")] == [0, 0, 1, 1, 2, 3]
+    pools.forget()
+    assert [pools.of("a"), pools.of("a")] == [4, 4]
 
 
 class _Stream:
@@ -475,6 +517,7 @@ def test_auto_on_a_gpu_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.select("triton")
 
 
+@pytest.mark.usefixtures("interpreted_kernels")
 def test_dtypes_that_the_kernels_do_not_know_go_to_the_reference() -> None:
     backend = _backend.select("triton")
     state = SearchState.empty(1, "cpu")
@@ -530,10 +573,10 @@ def trained(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products and convolutions of a GPU in full float32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact() -> Iterator[None]:
+    """Products and convolutions of a GPU in full float32, by either of PyTorch's interfaces."""
+    with products(tf32=False):
+        yield
 
 
 @pytest.mark.gpu

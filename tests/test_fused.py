@@ -250,6 +250,7 @@ def test_models(name: str, backend: str) -> None:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize("changes", [{"cached": False}, {"rows": 4}, {"chunk": 5}], ids=str)
 def test_plans(changes: dict[str, Any]) -> None:
     model, data = problem("relu")
@@ -257,6 +258,7 @@ def test_plans(changes: dict[str, Any]) -> None:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize("kind", ["rows", "elements", "some stay"])
 def test_scales(kind: str) -> None:
     model, data = problem("relu")
@@ -292,6 +294,7 @@ def test_opposite_directions() -> None:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 def test_rays_that_no_kernel_makes_are_kept() -> None:
     model, data = problem("gelu")
     ours = opened(model, data, "triton", fused=True)
@@ -320,6 +323,7 @@ def told(engine: LayeredEngine, radii: np.ndarray) -> Tensor:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize("coarse", ["", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", ["relu", "pictures"])
 def test_losses_left_on_the_device(name: str, coarse: str) -> None:
@@ -343,6 +347,7 @@ def test_losses_left_on_the_device(name: str, coarse: str) -> None:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_coarse_engine_is_coarse_on_its_device(fused: bool) -> None:
     model, data = problem("relu")
@@ -363,6 +368,7 @@ class _Stale:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 def test_a_captured_round_is_of_one_family() -> None:
     model, data = problem("relu")
     engine = opened(model, data, "triton", fused=True)
@@ -389,6 +395,7 @@ def test_a_captured_round_is_of_one_family() -> None:
 
 
 @interpreter
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize(
     ("backend", "options"),
     [

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,52 @@ def test_losses_are_those_of_copies(dtype: torch.dtype, metric: Any, backend: st
         own.loss(radii[some], some).values, other.loss(radii[some], some).values, rtol=rtol
     )
     assert raw(model) == before
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels were made for the GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernels_write_the_same_rays(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).to(dtype)
+    own, other = engines_of(model, (TOKENS, LABELS), lanes=2, backend="triton")
+    assert own._launches is not None
+    before, lanes, radii = raw(model), np.arange(2), np.array([0.3, 2.0])
+    replayed = []
+
+    class Graph:
+        def replay(self) -> None:
+            assert own._launches is not None
+            replayed.append(own._launches._family)
+            own._launches._issue()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("graph", "stream", "Stream", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **options: nullcontext())
+    for can_capture in (False, True):
+        own._launches._can_capture = can_capture
+        for stream in (0, 2):
+            rays = Indexed(SEED, np.array([3, 2**40]), stream=stream, antithetic=True)
+            info, wanted = own.load(lanes, rays), other.load(lanes, rays)
+            np.testing.assert_allclose(info.norm, wanted.norm, rtol=1e-6)
+            rtol = 1e-12 if dtype == torch.float64 else 1e-5
+            np.testing.assert_allclose(own.loss(radii).values, other.loss(radii).values, rtol=rtol)
+            assert raw(model) == before
+    # The first ray of a family is written launch by launch.
+    assert replayed == [(SEED, stream, True) for stream in (0, 2)]
+
+
+def test_what_kernels_cannot_write_is_written_in_stretches() -> None:
+    pytest.importorskip("triton")
+    own, _ = engines_of(Net(torch.float32), (TOKENS, LABELS), backend="triton")
+    assert own._launches is None
+    model = nn.Linear(3, 5)
+    data = torch.randn(4, 3), torch.arange(4)
+    for metric, expected in (("filter", False), ("euclidean", True)):
+        own, _ = engines_of(model, data, metric=metric, backend="triton")
+        assert (own._launches is not None) == expected
+    own, _ = engines_of(model, data)
+    assert own._launches is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from fastvol import kernels
 from fastvol._reference import perturbed
+from fastvol.kernels import linear
 from fastvol.kernels.activations import ACTIVATIONS
 from fastvol.kernels.launch import interpreted
 from fastvol.kernels.linear import linear_kernel
@@ -175,6 +176,26 @@ def test_what_is_refused():
         kernels.direction_conv2d(given(1, 1, 2, 2), (1, 1, 3, 3), SEED, STREAM, IDS)
 
 
+@pytest.mark.parametrize(("capability", "base"), [(80, True), (86, True), (89, False), (90, True)])
+def test_tiles_fit_into_the_shared_memory_of_a_card(capability, base, monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "_capability", lambda device: capability)
+    monkeypatch.setattr(linear, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(linear, "launch", lambda *args, fixed, **options: seen.append(fixed.kwargs))
+    x = torch.empty(2, 600, 256, device="meta")
+    for precision in ("bf16", "tf32", "fp32"):
+        kernels.perturbed_linear(
+            x, torch.empty(128, 256, device="meta"), None, COEFFICIENT, SEED, STREAM, IDS,
+            precision=precision, base=x[0] if base else None,
+        )  # fmt: skip
+    operands = 2 if base else 1
+    room = {80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
+    for sizes in seen:
+        read = sizes["ROWS"] * sizes["PARTS"] * sizes["INPUTS"] * 4 * operands
+        # Beside the weights.
+        assert read <= room - 16384
+
+
 @pytest.mark.gpu
 @REAL
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3", "ieee"])
@@ -187,20 +208,27 @@ def test_layers_of_real_size_on_a_gpu(rows, inputs, outputs, offset, precision):
     lanes = 16
     ids, c = np.arange(lanes), np.geomspace(1e-3, 1, lanes)
     x, weight = given(lanes, rows, inputs, dtype=dtype), given(outputs, inputs)
-    for tuned in (False, True):
-        kernels.set_tuning(tuned)
-        try:
-            compare(
-                "perturbed_linear", x, weight, given(outputs), c, SEED, STREAM, ids,
-                offset=offset, scale=given(outputs).abs(), antithetic=True, activation="relu",
-                precision=precision,
-            )  # fmt: skip
-            compare(
-                "direction_linear", x[0], outputs, SEED, STREAM, ids,
-                offset=offset, precision=precision,
-            )  # fmt: skip
-        finally:
-            kernels.set_tuning(False)
+    compare(
+        "perturbed_linear", x, weight, given(outputs), c, SEED, STREAM, ids,
+        offset=offset, scale=given(outputs).abs(), antithetic=True, activation="relu",
+        precision=precision,
+    )  # fmt: skip
+    compare(
+        "direction_linear", x[0], outputs, SEED, STREAM, ids, offset=offset, precision=precision
+    )
+
+
+@pytest.mark.gpu
+@REAL
+def test_launch_parameters_are_tuned_on_a_gpu():
+    # All of them are compiled, which takes a while: of one form.
+    kernels.set_tuning(True)
+    try:
+        compare(
+            "direction_linear", given(600, 784), 256, SEED, STREAM, np.arange(16), precision="tf32"
+        )
+    finally:
+        kernels.set_tuning(False)
 
 
 @pytest.mark.gpu

@@ -269,11 +269,9 @@ def _triton_trouble(device: torch.device | None) -> str | None:
     try:
         import triton
 
-        from . import kernels
         from .kernels import losses
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    del kernels
     if not isinstance(losses.sum_kernel, triton.JITFunction):
         # Triton's interpreter, which runs on tensors of any device.
         return None
@@ -288,8 +286,9 @@ def _triton_trouble(device: torch.device | None) -> str | None:
 def _triton_backend(fallback: Backend) -> Backend:
     from . import kernels
     from .kernels import losses, threshold_step
+    from .kernels.launch import interpreted as is_interpreted
 
-    interpreted = not hasattr(losses.sum_kernel, "warmup")
+    interpreted = is_interpreted(losses.sum_kernel)
     fell_back = []
 
     def runs(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -10,9 +10,10 @@ evaluation the parameters are θ0 again, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,84 @@ class _Span:
     coordinate: int
     length: int
     scale: float | None
+
+
+class _Launches:
+    """The launches that write θ = θ0 + c·s⊙z, a kernel a stretch of parameters.
+
+    A large model has so many that a host takes longer to issue them than a GPU to write: there they
+    are captured in a CUDA graph, which reads the number of the direction and the coefficients.
+
+    Args:
+        perturb: the backend's.
+        parts: where to write, θ0 there, and the stretch; all laid out in order.
+        device: of all of them.
+    """
+
+    def __init__(
+        self,
+        perturb: Callable[..., None],
+        parts: Sequence[tuple[Tensor, Tensor, _Span]],
+        device: torch.device,
+    ) -> None:
+        self._perturb = perturb
+        self._parts = parts
+        self._device = device
+        scales = [span.scale for _, _, span in parts]
+        self._scales = torch.tensor(scales, dtype=torch.float64, device=device)
+        self._coefficients = torch.zeros_like(self._scales)
+        self._id = torch.zeros(1, dtype=torch.int64, device=device)
+        # What of a direction is not read from the device.
+        self._family: tuple[int, int, bool] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._can_capture = device.type == "cuda"
+
+    def write(self, coefficient: float, rays: Indexed, direction: int) -> None:
+        """Writes one ray, without waiting."""
+        torch.mul(self._scales, coefficient, out=self._coefficients)
+        self._id.fill_(direction)
+        family = (rays.seed, rays.stream, rays.antithetic)
+        if family == self._family and self._graph is None and self._can_capture:
+            # What is made at a first use has been made by the ray before.
+            self._capture()
+        if family == self._family and self._graph is not None:
+            self._graph.replay()
+            return
+        self._family, self._graph = family, None
+        self._issue()
+
+    def _issue(self) -> None:
+        assert self._family is not None
+        seed, stream, antithetic = self._family
+        for k, (out, theta0, span) in enumerate(self._parts):
+            self._perturb(
+                out[None],
+                theta0,
+                self._coefficients[k : k + 1],
+                seed,
+                stream,
+                self._id,
+                antithetic=antithetic,
+                first=span.coordinate,
+            )
+
+    def _capture(self) -> None:
+        current = torch.cuda.current_stream(self._device)
+        # PyTorch's own choice is of whatever device came first.
+        stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._issue()
+            self._graph = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # One by one they do the same.
+            self._can_capture = False
+        finally:
+            # A capture that fails leaves its own stream behind.
+            torch.cuda.set_stream(current)
 
 
 class InPlaceEngine:
@@ -90,11 +169,31 @@ class InPlaceEngine:
         # θ = θ0 + (radius · factor) · s ⊙ row
         self._factor = np.ones(plan.lanes)
         self._rays: list[tuple[Indexed, int] | Tensor | None] = [None] * plan.lanes
+        self._launches = self._kernel_launches()
+
+    def _kernel_launches(self) -> _Launches | None:
+        """What writes a ray by kernels that make the noise in registers, if they can all of it."""
+        known = self._layout.dtype in (torch.float32, torch.float64)
+        if self._backend.name != "triton" or not known or self._layout.is_sharded:
+            return None
+        parts = []
+        for i, spans in enumerate(self._spans_of):
+            values, theta0 = self._layout.local[i].values, self._theta0[i]
+            ordered = values.is_contiguous() and theta0.is_contiguous()
+            single = all(span.scale is not None for span in spans)
+            if not (ordered and single and values.dtype == self._layout.dtype):
+                return None
+            for span in spans:
+                at = slice(span.start, span.start + span.length)
+                parts.append((values.view(-1)[at], theta0.view(-1)[at], span))
+        return _Launches(self._backend.perturb, parts, self._layout.device) if parts else None
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`; dense rays are kept, a row each."""
         if isinstance(rays, Dense) or rays.preconditioner is not None:
             return self._load_rows(lanes, rays)
+        if self._launches is not None and not self._toward_origin:
+            return self._measured(lanes, rays)
         square, dot = np.zeros(len(lanes)), np.zeros(len(lanes))
         counted = [span for span in self._spans if self._layout.local[span.segment].counts]
         for k, lane in enumerate(lanes):
@@ -108,6 +207,23 @@ class InPlaceEngine:
         norm = np.sqrt(square)
         self._factor[lanes] = 1.0 / norm
         return RayInfo(norm, dot)
+
+    def _measured(self, lanes: Int, rays: Indexed) -> RayInfo:
+        """As :meth:`load`, all of it in one pass that keeps nothing."""
+        lengths, _ = self._backend.direction_reductions(
+            self.dim,
+            rays.seed,
+            rays.stream,
+            rays.ids,
+            antithetic=rays.antithetic,
+            dtype=self._layout.dtype,
+            device=self._layout.device,
+        )
+        norm: Float = lengths.cpu().numpy()
+        for k, lane in enumerate(lanes):
+            self._rays[lane] = (rays, k)
+        self._factor[lanes] = 1.0 / norm
+        return RayInfo(norm, np.zeros(len(lanes)))
 
     def _sums(
         self, rays: Indexed, k: int, span: _Span, start: int, stop: int
@@ -253,7 +369,12 @@ class InPlaceEngine:
         """Writes θ of a lane over the model's parameters."""
         self._gather_anew()
         coefficient = float(radius * self._factor[lane])
+        loaded = self._rays[lane]
         with torch.no_grad():
+            if self._launches is not None and isinstance(loaded, tuple):
+                rays, position = loaded
+                self._launches.write(coefficient, rays, int(rays.ids[position]))
+                return
             for i, spans in enumerate(self._spans_of):
                 values, theta0 = self._layout.local[i].values, self._theta0[i].view(-1)
                 # One that is not laid out in order is made apart.

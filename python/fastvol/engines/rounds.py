@@ -6,7 +6,7 @@ one; elsewhere, and where that cannot be, they are issued one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,31 @@ Int = npt.NDArray[np.int64]
 
 # A run of fewer rounds is over before a graph would pay.
 _BEFORE_CAPTURE = 4
-# Of a captured round's losses, against those of the same operations one by one.
-_TOLERANCE = 1e-5
+# Of a captured round's losses, against those of the same operations one by one, which a library may
+# multiply by another algorithm.
+_TOLERANCE = 1e-4
+
+
+class Pools:
+    """The memory of the captured rounds of one engine, which never run at once.
+
+    Rounds of the same directions share a pool. One whose graphs are gone cannot be captured into
+    again while anything in it is held, so other directions get another.
+    """
+
+    def __init__(self) -> None:
+        self._bound: Hashable = None
+        self._handle: Any = None
+
+    def of(self, bound: Hashable) -> Any:
+        """The pool for rounds that are bound to these directions."""
+        if self._handle is None or bound != self._bound:
+            self._bound, self._handle = bound, torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def forget(self) -> None:
+        """A capture has failed: what it leaves behind is used no more."""
+        self._handle = None
 
 
 class Rounds:
@@ -32,7 +55,7 @@ class Rounds:
         engine: evaluates them.
         lanes: consecutive ones.
         threshold_step: the backend's.
-        pool: of the graphs of one engine, which never run at once.
+        pools: of the graphs of the engine; its own by default.
     """
 
     def __init__(
@@ -40,12 +63,12 @@ class Rounds:
         engine: DeviceEngine,
         lanes: slice,
         threshold_step: Callable[..., None],
-        pool: Any = None,
+        pools: Pools | None = None,
     ) -> None:
         self._engine = engine
         self.lanes = lanes
         self._step = threshold_step
-        self._pool = pool
+        self._pools = Pools() if pools is None else pools
         self.state = SearchState.empty(lanes.stop - lanes.start, engine.device)
         self._gpu = engine.device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -134,7 +157,12 @@ class Rounds:
                 restore()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            pool = self._pools.of(self._bound)
+            # On the same stream, for which libraries have their working memory by now; PyTorch's
+            # own choice is of whatever device came first.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 self._round()
             graph.replay()
             if self._agrees(wanted, saved[1]):
@@ -148,6 +176,8 @@ class Rounds:
         finally:
             # A capture that fails leaves its own stream behind.
             torch.cuda.set_stream(current)
+            if self._graph is None:
+                self._pools.forget()
         restore()
 
     def _agrees(self, wanted: list[Tensor], before: Tensor) -> bool:

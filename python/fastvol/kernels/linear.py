@@ -642,6 +642,8 @@ def _layer(
             # so does what is written to places of its own.
             80 if ends.base is not None or ends.out_places is not None else _capability(x.device),
             emulated,
+            # Such tiles of both x and base are more than the shared memory of an older card.
+            small=ends.base is not None and _capability(x.device) < 90,
         ),
         candidates=_CANDIDATES,
         key=("bucket_rows", "bucket_outputs", "bucket_inputs"),
@@ -722,11 +724,18 @@ def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    # 12 is newer, but has the matrix unit and the shared memory of 8.9.
+    return 89 if major == 12 else 10 * major + minor
 
 
 def _fixed(
-    rows: int, precision: str, vectors: bool, capability: int, emulated: bool
+    rows: int,
+    precision: str,
+    vectors: bool,
+    capability: int,
+    emulated: bool,
+    *,
+    small: bool = False,
 ) -> triton.Config:
     """What neither spills registers nor makes the noise of a tile more often than it must.
 
@@ -736,10 +745,11 @@ def _fixed(
         vectors: whether neighbouring inputs are read together.
         capability: below 90, operands of a matrix unit are held in registers too.
         emulated: in the interpreter, where tiles are so small that awkward sizes meet every edge.
+        small: no more rows at once than any card has the shared memory for.
     """
     if emulated:
         return _config(32, 2, 16, 64, 4)
-    if not vectors or precision not in ("bf16", "tf32"):
+    if small or not vectors or precision not in ("bf16", "tf32"):
         return _config(64, 1 if rows <= 64 else 2, 32, 32, 8)
     if rows <= 64:
         return _config(64, 1, 32, 32, 4)

@@ -22,7 +22,7 @@ from .._problem import Problem
 from .._reference.search_step import Mark, Number, Phase, Rule
 from ..engines.memory import to_device
 from ..engines.protocol import DeviceEngine, OffDeviceError
-from ..engines.rounds import Rounds
+from ..engines.rounds import Pools, Rounds
 from ..errors import FastvolError
 
 if TYPE_CHECKING:
@@ -144,12 +144,11 @@ class _DeviceLoop:
         # The engine is the key under which this is kept.
         self._engine = weakref.proxy(engine)
         self.device = engine.device
-        gpu = self.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if gpu else None
+        pools = Pools()
         middle = (engine.lanes + 1) // 2
         bounds = [0, middle, engine.lanes] if engine.lanes > 1 else [0, 1]
         self._groups = [
-            _Group(Rounds(self._engine, slice(a, b), threshold_step, pool))
+            _Group(Rounds(self._engine, slice(a, b), threshold_step, pools))
             for a, b in itertools.pairwise(bounds)
         ]
 
@@ -172,7 +171,7 @@ class _DeviceLoop:
         return self._run(loss, start, scan, options)
 
     def _run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), loss.seconds
         n = len(start)
         starts = torch.from_numpy(np.ascontiguousarray(start)).to(self.device)
         results = _Found(n, self.device)
@@ -181,7 +180,7 @@ class _DeviceLoop:
             group.items[:] = -1
             group.rounds.state.clear()
             group.rounds.state.keep_rules(rules)
-        loading, fresh = 0.0, 0
+        fresh = 0
         for group in self._groups:
             fresh += self._fill(group, loss, starts, fresh, scan)
             if group.carried:
@@ -193,17 +192,15 @@ class _DeviceLoop:
                 enough = fresh < n and settled >= max(1, _REFILL_SHARE * carried)
                 if settled == carried or enough:
                     self._collect(group, results)
-                    before = loss.seconds
                     fresh += self._fill(group, loss, starts, fresh, scan)
-                    loading += loss.seconds - before
                 if group.carried:
                     group.rounds.begin()
             under_way = [group for group in under_way if group.carried]
         loss.finish_loading()
         found = results.read()
         loss.n_loss += int(found[2].sum())
-        # What was loaded has been counted there.
-        loss.seconds += time.perf_counter() - began - loading
+        # With what loading has counted already.
+        loss.seconds = before + time.perf_counter() - began
         return found
 
     def _fill(self, group: _Group, loss: RayLoss, starts: Tensor, fresh: int, scan: bool) -> int:
