@@ -244,7 +244,18 @@ def draw(found: Mapping[str, Any]) -> Figure:
         below.set_ylabel("residual of the fit, nats" + (" / d" if name == "published" else ""))
         below.axhline(0, color="0.5", linewidth=0.8)
         figures.explain(above, *shown)
+        if name != "published":
+            _look_at_the_reliable(above, shown)
     return figure
+
+
+def _look_at_the_reliable(ax: Any, shown: list[Mapping[str, Any]]) -> None:
+    """A bound of minus many thousand nats says nothing, and would flatten all that does."""
+    values = [entry["value"] for entry in shown if entry["reliable"]]
+    if values:
+        span = max(max(values) - min(values), 0.1)
+        # Room for the legend below.
+        ax.set_ylim(min(values) - 0.9 * span, max(values) + 0.15 * span)
 
 
 def _panel(
