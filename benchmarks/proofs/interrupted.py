@@ -13,6 +13,8 @@ import random
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -33,7 +35,7 @@ from fastvol.checkpoints.inspection import Contents
 from . import bodies
 from .runs import verdict
 
-_PLAN: dict[str, Any] = {
+PLAN: dict[str, Any] = {
     "engine": "general",
     "chunk": 8,
     "lanes": 8,
@@ -47,6 +49,8 @@ _PLAN: dict[str, Any] = {
     "screening": "off",
 }
 _EXIT_SECONDS = 60.0
+# Of a direction, in a run that resumes: 28 in the result, 8 in each of some vectors beside it.
+_MOST_BYTES = 100.0
 
 
 def run(short: bool) -> dict[str, Any]:
@@ -65,6 +69,9 @@ def run(short: bool) -> dict[str, Any]:
                 place, chance, 2 if short else 50, 2500 if short else 6000
             ),
             "merge": merge(place),
+            "memory": memory(
+                place, [100_000, 300_000] if short else [1_000_000, 5_000_000, 10_000_000]
+            ),
             "soak": soak(place, chance, 2.0 if short else 1800.0),
         }
         if not short:
@@ -87,7 +94,7 @@ def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def rays(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
     """A run of independent rays, of some 60 pieces of work."""
     model, data = problem()
-    settings = {"n": 1500, "increase": 1.0, "method": "radial", "plan": _PLAN, **options}
+    settings = {"n": 1500, "increase": 1.0, "method": "radial", "plan": PLAN, **options}
     return fastvol.estimate(
         model, F.mse_loss, data=data, checkpoint=folder, progress=False, **settings
     )
@@ -98,7 +105,7 @@ def chains(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
     body = bodies.ellipsoid(10, 1e3)
     settings = {"n": 300, "threshold": 1.0, "method": "annealed", "preconditioner": None, **options}
     return fastvol.estimate(
-        body.model(), bodies.loss, checkpoint=folder, progress=False, plan=_PLAN, **settings
+        body.model(), bodies.loss, checkpoint=folder, progress=False, plan=PLAN, **settings
     )
 
 
@@ -407,7 +414,7 @@ def _held() -> tuple[int, int]:
 
 def merge(place: Path, count: int = 1000, block: int = 1000) -> dict[str, Any]:
     """What it takes to make a result of a million directions in a thousand blocks."""
-    plan = {**_PLAN, "block": block}
+    plan = {**PLAN, "block": block}
     call: dict[str, Any] = {"plan": plan, "first_crossing": True}
     folder = place / "merged"
     rays(folder, n=block, **call)
@@ -433,6 +440,26 @@ def merge(place: Path, count: int = 1000, block: int = 1000) -> dict[str, Any]:
     }
 
 
+def memory(place: Path, sizes: Sequence[int]) -> dict[str, Any]:
+    """What a direction takes in runs that go on, each in a fresh process, with the one before."""
+    runs = []
+    for n in sizes:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.proofs.resumed", str(place / "large"), str(n)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return {"runs": runs, "problems": [f"of {n} directions: {done.stderr}"]}
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, last = runs[0], runs[-1]
+    each = (last["bytes"] - first["bytes"]) / (last["n"] - first["n"])
+    problems = [] if each <= _MOST_BYTES else [f"{each:.0f} bytes a direction"]
+    return {"runs": runs, "bytes_a_direction": each, "problems": problems}
+
+
 def overhead(place: Path, rounds: int = 5) -> dict[str, Any]:
     """What keeping blocks of the default size costs, in turns: at 17 parameters, and at 2,410."""
     with torch.random.fork_rng():
@@ -440,7 +467,7 @@ def overhead(place: Path, rounds: int = 5) -> dict[str, Any]:
         model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         x = torch.randn(300, 64)
     y = model(x).argmax(dim=1)
-    plan = {**_PLAN, "block": 1024, "lanes": 64, "chunk": 64}
+    plan = {**PLAN, "block": 1024, "lanes": 64, "chunk": 64}
     small = {**plan, "dtype": "float32", "lanes": 8, "chunk": 8}
 
     def larger(folder: Path | None) -> None:
@@ -480,7 +507,7 @@ def scaling(place: Path) -> dict[str, Any]:
         )
         x = torch.randn(600, 784)
     y = model(x).argmax(dim=1)
-    plan = {**_PLAN, "dtype": "float32", "chunk": 1, "block": 64}
+    plan = {**PLAN, "dtype": "float32", "chunk": 1, "block": 64}
 
     def call(threads: int) -> fastvol.VolumeEstimate:
         own = {**plan, "threads": threads, "noise_threads": threads}
