@@ -84,13 +84,16 @@ def plain(result: fastvol.VolumeEstimate) -> dict[str, Any]:
 
 
 def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
-    names = ["alone", "kept", "law", "chains", "measured", "other seeds", "one fails", "alone"]
+    names = [
+        "alone", "kept", "unseen", "law", "chains", "measured", "other seeds", "one fails", "alone",
+    ]  # fmt: skip
     processes = started(4, tmp_path, names)
     outputs = finished(processes)
     assert [process.returncode for process in processes] == [0] * 4, outputs
     expected = {
         "alone": calls.rays(),
         "kept": calls.rays(),
+        "unseen": calls.rays(),
         "law": calls.rays(method="preconditioned", preconditioner="hessian"),
         "chains": calls.chains(),
     }
@@ -105,6 +108,8 @@ def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
     kept = Contents.of(tmp_path / "run")
     assert kept.thresholds[0].directions == 200
     assert not kept.damaged
+    # Rank 0 has written what those made that do not see its folder.
+    assert Contents.of(tmp_path / "led").thresholds[0].directions == 200
     more = calls.rays(checkpoint=tmp_path / "run", n=260)
     assert plain(more) == plain(calls.rays(n=260))
 
