@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -92,7 +93,12 @@ def stages(short: bool) -> dict[str, Any]:
     for name, part in parts.items():
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            told = part(Path(folder))
+            try:
+                told = part(Path(folder))
+            except Exception as error:
+                # What the others found is worth an hour.
+                traceback.print_exc()
+                told = {"problems": [f"{type(error).__name__}: {error}"]}
         seconds = time.perf_counter() - began
         print(f"  {name}: {'; '.join(told['problems']) or 'fine'}, {seconds:.0f} s", flush=True)
         found[name] = {**told, "seconds_in_all": seconds}
@@ -489,6 +495,7 @@ def memory(place: Path, sizes: Sequence[int]) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
+            timeout=2 * _LIMIT,
         )
         if done.returncode:
             return {"runs": runs, "problems": [f"of {n} directions: {done.stderr}"]}

@@ -18,14 +18,14 @@ from ..inplace_memory import forget_peak
 from ..million import held, peak
 from .interrupted import PLAN, rays
 
-# Many rays at once, so that ten million of this small network take minutes.
+# Many rays at once, and large files, so that ten million take minutes.
 _LANES = 1024
 
 
 def run(folder: Path, n: int) -> dict[str, Any]:
     """The run, in this process."""
     torch.set_num_threads(1)
-    plan = {**PLAN, "lanes": _LANES, "chunk": _LANES, "block": _LANES}
+    plan = {**PLAN, "lanes": _LANES, "chunk": _LANES, "block": 8 * _LANES}
     # What is loaded at the first call stays.
     rays(None, n=300, plan=plan)
     forget_peak()
