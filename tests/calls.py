@@ -103,7 +103,7 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
     if name == "restarted":
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         dies = first and rank() == 1
-        return rays(checkpoint=folder, n=700, loss_fn=Dying(300) if dies else F.mse_loss)
+        return rays(checkpoint=folder, n=2000, loss_fn=Dying(100) if dies else F.mse_loss)
     if name.startswith("rank "):
         _, victim, calls = name.split()
         loss = Dying(int(calls)) if rank() == int(victim) else F.mse_loss

@@ -180,7 +180,7 @@ def test_a_launcher_that_starts_anew_goes_on(environment: dict[str, str], tmp_pa
         tmp_path, ["alone", "restarted"], "--standalone", "--max-restarts=2", **environment
     )
     assert "exitcode: -9" in said
-    assert found(tmp_path, "restarted", 2) == [plain(calls.rays(n=700))] * 2
+    assert found(tmp_path, "restarted", 2) == [plain(calls.rays(n=2000))] * 2
     written = [path.stat().st_mtime for path in (tmp_path / "run").rglob("blocks/*.safetensors")]
     # Those of the first attempt, and of the second, which begins with a call of its own.
     second = (tmp_path / "alone-0.json").stat().st_mtime
