@@ -88,6 +88,8 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
         return rays()
     if name == "kept":
         return rays(checkpoint=folder)
+    if name == "unseen":
+        return rays(checkpoint=folder.with_name("led") if rank() == 0 else "/no/such/place/led")
     if name == "law":
         return rays(method="preconditioned", preconditioner="hessian")
     if name == "measured":
@@ -98,6 +100,10 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
         return rays(seed=rank())
     if name == "one fails":
         return rays(loss_fn=F.mse_loss if rank() == 0 else Failing())
+    if name == "restarted":
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        dies = first and rank() == 1
+        return rays(checkpoint=folder, n=2000, loss_fn=Dying(100) if dies else F.mse_loss)
     if name.startswith("rank "):
         _, victim, calls = name.split()
         loss = Dying(int(calls)) if rank() == int(victim) else F.mse_loss
@@ -144,11 +150,17 @@ def main() -> None:
             world_size=int(os.environ["WORLD_SIZE"]),
         )  # fmt: skip
     for name in sys.argv[2:]:
+        if name == "1 is killed" and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "1 ends" and rank() == 1:
+            return
+        if name in ("1 is killed", "1 ends"):
+            continue
         try:
             found = told(scenario(name, out / "run"))
         except fastvol.FastvolError as error:
             found = {"error": str(error)}
-            if name.startswith("rank "):
+            if name.startswith("rank ") or name == "restarted":
                 raise
         text = json.dumps(found)
         (out / f"{name}-{rank()}.json").write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import fastvol
 from benchmarks.proofs import bodies
 from fastvol import FastvolError, FastvolWarning, VolumeEstimate
 from fastvol._work import Work
-from fastvol.checkpoints import DamagedError, Piece
+from fastvol.checkpoints import DamagedError, Folder, Piece
 from fastvol.checkpoints.files import Writer, read_piece, write_bytes
 from fastvol.checkpoints.inspection import Contents
 from fastvol.cli import main
@@ -260,6 +261,23 @@ def test_one_run_at_a_time(regression: Problem, tmp_path: Path) -> None:
     with pytest.raises(FastvolError, match="another run is writing"):
         call(regression, tmp_path, callbacks=[second])
     assert_same(call(regression, tmp_path), call(regression))
+
+
+def test_a_forked_process_does_not_hold_the_folder(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    ours, its = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        its.send(b"alive")
+        its.recv(1)
+        os._exit(0)
+    its.close()
+    ours.recv(16)
+    folder.close()
+    Folder(tmp_path).close()
+    ours.close()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "flipped", "flipped in the header"])

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import fastvol
 from fastvol import FastvolError, _processes
-from fastvol._processes import Team
+from fastvol._processes import Members, Team
 from fastvol.checkpoints.inspection import Contents
 
 ROOT = Path(__file__).parents[1]
@@ -84,13 +84,16 @@ def plain(result: fastvol.VolumeEstimate) -> dict[str, Any]:
 
 
 def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
-    names = ["alone", "kept", "law", "chains", "measured", "other seeds", "one fails", "alone"]
+    names = [
+        "alone", "kept", "unseen", "law", "chains", "measured", "other seeds", "one fails", "alone",
+    ]  # fmt: skip
     processes = started(4, tmp_path, names)
     outputs = finished(processes)
     assert [process.returncode for process in processes] == [0] * 4, outputs
     expected = {
         "alone": calls.rays(),
         "kept": calls.rays(),
+        "unseen": calls.rays(),
         "law": calls.rays(method="preconditioned", preconditioner="hessian"),
         "chains": calls.chains(),
     }
@@ -105,6 +108,8 @@ def test_four_processes_give_what_one_does(tmp_path: Path) -> None:
     kept = Contents.of(tmp_path / "run")
     assert kept.thresholds[0].directions == 200
     assert not kept.damaged
+    # Rank 0 has written what those made that do not see its folder.
+    assert Contents.of(tmp_path / "led").thresholds[0].directions == 200
     more = calls.rays(checkpoint=tmp_path / "run", n=260)
     assert plain(more) == plain(calls.rays(n=260))
 
@@ -131,19 +136,55 @@ def test_a_death_ends_all_and_costs_nothing(victim: int, tmp_path: Path) -> None
         assert plain(resumed) == plain(calls.rays(n=n))
 
 
-def test_torchrun_and_an_open_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "words"), [("is killed", "not been heard of"), ("ends", "ended")])
+def test_a_death_between_two_calls(how: str, words: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    processes = started(3, tmp_path, ["alone", f"1 {how}", "kept"])
+    outputs = finished(processes)
+    assert time.monotonic() - began < 55
+    codes = [process.returncode for process in processes]
+    assert codes == [0, -signal.SIGKILL if how == "is killed" else 0, 0], outputs
+    errors = [json.loads((tmp_path / f"kept-{rank}.json").read_text())["error"] for rank in (0, 2)]
+    # The other one may see rank 0 end before.
+    assert "rank 1 " in errors[0]
+    assert words in errors[0]
+
+
+def torchrun(out: Path, names: Sequence[str], *options: str, **environment: str) -> str:
+    """Two processes that the launcher starts; what they said."""
     path = os.pathsep.join([str(ROOT), *sys.path])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        CALLS, str(tmp_path), "kept",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment["FASTVOL_TEST_INIT"] = "env://"
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *options,
+         CALLS, str(out), *names],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_torchrun_and_an_open_group(tmp_path: Path) -> None:
+    torchrun(tmp_path, ["kept"], "--standalone", FASTVOL_TEST_INIT="env://")
     assert found(tmp_path, "kept", 2) == [plain(calls.rays())] * 2
+
+
+# PyTorch's own groups find the addresses of the dead in the store that the launcher keeps.
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"FASTVOL_TEST_INIT": "env://", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}],
+    ids=["launcher", "group"],
+)
+def test_a_launcher_that_starts_anew_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
+    said = torchrun(
+        tmp_path, ["alone", "restarted"], "--standalone", "--max-restarts=2", **environment
+    )
+    assert "exitcode: -9" in said
+    assert found(tmp_path, "restarted", 2) == [plain(calls.rays(n=2000))] * 2
+    written = [path.stat().st_mtime for path in (tmp_path / "run").rglob("blocks/*.safetensors")]
+    # Those of the first attempt, and of the second, which begins with a call of its own.
+    second = (tmp_path / "alone-0.json").stat().st_mtime
+    assert min(written) < second < max(written)
 
 
 def test_one_of_several_processes_may_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +249,15 @@ class Crew:
 
     def each(self, work: Any) -> dict[int, Any]:
         def run(rank: int) -> None:
+            members = None
             try:
-                self.results[rank] = work(Team(self._store, rank, self._size))
+                members = Members(self._store, rank, self._size)
+                self.results[rank] = work(Team(members))
             except BaseException as error:
                 self.results[rank] = error
+            finally:
+                if members is not None:
+                    members.leave()
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(self._size)]
         for thread in threads:
@@ -264,8 +310,8 @@ def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> N
 def test_who_falls_silent_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(team: Team) -> None:
         if team.rank == 1:
-            # Its thread of beats ends, and it says nothing more.
-            team._closing.set()
+            # Its thread ends, and it says nothing more.
+            team._members._ending.set()
             return
         team.close(None) if team.leads else team.receive()
 
@@ -275,10 +321,51 @@ def test_who_falls_silent_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> 
         assert "rank 1 has not been heard of" in str(results[rank])
 
 
+def test_who_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a dead one; the others are heard meanwhile."""
+    crew = Crew(3, monkeypatch)
+    named = Members._named
+
+    def late(self: Members, store: Any, deadline: float) -> str:
+        if self.rank == 2:
+            time.sleep(1.5)
+        return named(self, store, deadline)
+
+    monkeypatch.setattr(Members, "_named", late)
+
+    def work(team: Team) -> str:
+        team.close(None)
+        return "done"
+
+    assert crew.each(work) == dict.fromkeys(range(3), "done")
+
+
+def test_what_earlier_processes_left_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(2, monkeypatch)
+
+    def ends(team: Team) -> None:
+        job = team.job()
+        team.claim(job)
+        if team.leads:
+            team.publish(b"stale")
+        team.close(RuntimeError("the first attempt"))
+
+    def works(team: Team) -> Any:
+        first = team.claim(team.job()) if team.leads else 0
+        if team.leads:
+            team.publish(b"fresh")
+        heard = b"" if team.leads else team.receive()
+        team.close(None)
+        return first, heard
+
+    assert crew.each(ends) == {0: None, 1: None}
+    assert crew.each(works) == {0: (0, b""), 1: (0, b"fresh")}
+
+
 def test_who_never_calls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_processes, "_ROLL_CALL", 0.2)
     with pytest.raises(FastvolError, match="rank 1 of 2 has not made the same call"):
-        Team(dist.HashStore(), 0, 2)
+        Members(dist.HashStore(), 0, 2)
 
 
 def test_without_others_there_is_no_team() -> None:

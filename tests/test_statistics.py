@@ -88,6 +88,16 @@ def test_a_tail_of_ties_counts_as_infinite():
     assert not summarise(log_weights, bounded=False).reliable
 
 
+@pytest.mark.parametrize("n", [300, 1024, 10_000, 12_345])
+def test_pareto_shape_is_that_of_all_weights(n):
+    from arviz_stats.base import array_stats
+
+    generator = np.random.default_rng(n)
+    for log_weights in (generator.normal(size=n), generator.exponential(0.7, size=n)):
+        relative = log_weights - log_weights.max()
+        assert pareto_shape(log_weights) == array_stats.psislw(-relative)[1]
+
+
 @pytest.mark.parametrize("shape", [0.2, 0.4, 0.7, 1.5])
 def test_pareto_shape_of_a_pareto_law(shape):
     u = np.random.default_rng(3).random(100_000)

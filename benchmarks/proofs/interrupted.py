@@ -11,12 +11,18 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvol
-from fastvol import _processes
+from fastvol import _processes, _work
 from fastvol.checkpoints import files
 from fastvol.checkpoints.inspection import Contents
 
 from . import bodies
 from .runs import verdict
 
-_PLAN: dict[str, Any] = {
+PLAN: dict[str, Any] = {
     "engine": "general",
     "chunk": 8,
     "lanes": 8,
@@ -47,32 +53,56 @@ _PLAN: dict[str, Any] = {
     "screening": "off",
 }
 _EXIT_SECONDS = 60.0
+# A process that takes longer hangs.
+_LIMIT = 600.0
+# Of a direction, in a run that resumes: 28 in the result, 8 in each of some vectors beside it.
+_MOST_BYTES = 100.0
 
 
 def run(short: bool) -> dict[str, Any]:
     """Kills, damage, processes, and a soak."""
-    # Forked processes must find no threads of another's.
-    torch.set_num_threads(1)
-    chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        found = {
-            "kills_of_rays": kills(rays, place, chance, 10 if short else 150),
-            "kills_of_chains": kills(chains, place, chance, 3 if short else 50),
-            "damage": damage(place, chance, 6 if short else 100),
-            "world_sizes": world_sizes(place),
-            "kills_of_a_rank": rank_kills(
-                place, chance, 2 if short else 50, 2500 if short else 6000
-            ),
-            "merge": merge(place),
-            "soak": soak(place, chance, 2.0 if short else 1800.0),
-        }
-        if not short:
-            found |= {"overhead": overhead(place), "scaling": scaling(place)}
+    # What is forked must find no threads of another's, which this process may have.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(stages, short).result()
     problems = [
         f"{name}: {problem}" for name, told in found.items() for problem in told.pop("problems")
     ]
     return verdict(found, problems)
+
+
+def stages(short: bool) -> dict[str, Any]:
+    """What each part found, with the seconds that it took."""
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    sizes = [100_000, 300_000] if short else [1_000_000, 5_000_000, 10_000_000]
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "kills_of_rays": lambda place: kills(rays, place, chance, 10 if short else 150),
+        "kills_of_chains": lambda place: kills(chains, place, chance, 3 if short else 50),
+        "damage": lambda place: damage(place, chance, 6 if short else 100),
+        "world_sizes": world_sizes,
+        "kills_of_a_rank": lambda place: rank_kills(
+            place, chance, 2 if short else 50, 2500 if short else 6000
+        ),
+        "merge": merge,
+        "memory": lambda place: memory(place, sizes),
+        "soak": lambda place: soak(place, chance, 2.0 if short else 1800.0),
+    }
+    if not short:
+        parts |= {"overhead": overhead, "scaling": scaling}
+    found = {}
+    for name, part in parts.items():
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                told = part(Path(folder))
+            except Exception as error:
+                # What the others found is worth an hour.
+                traceback.print_exc()
+                told = {"problems": [f"{type(error).__name__}: {error}"]}
+        seconds = time.perf_counter() - began
+        print(f"  {name}: {'; '.join(told['problems']) or 'fine'}, {seconds:.0f} s", flush=True)
+        found[name] = {**told, "seconds_in_all": seconds}
+    return found
 
 
 def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -87,7 +117,7 @@ def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def rays(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
     """A run of independent rays, of some 60 pieces of work."""
     model, data = problem()
-    settings = {"n": 1500, "increase": 1.0, "method": "radial", "plan": _PLAN, **options}
+    settings = {"n": 1500, "increase": 1.0, "method": "radial", "plan": PLAN, **options}
     return fastvol.estimate(
         model, F.mse_loss, data=data, checkpoint=folder, progress=False, **settings
     )
@@ -95,10 +125,12 @@ def rays(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
 
 def chains(folder: Path | None, **options: Any) -> fastvol.VolumeEstimate:
     """Three runs of chains."""
+    # Every level, so that kills find some that are kept.
+    _work._SNAPSHOT_PAUSE = 0.0
     body = bodies.ellipsoid(10, 1e3)
     settings = {"n": 300, "threshold": 1.0, "method": "annealed", "preconditioner": None, **options}
     return fastvol.estimate(
-        body.model(), bodies.loss, checkpoint=folder, progress=False, plan=_PLAN, **settings
+        body.model(), bodies.loss, checkpoint=folder, progress=False, plan=PLAN, **settings
     )
 
 
@@ -118,11 +150,13 @@ def kills(
     call: Callable[[Path], fastvol.VolumeEstimate], place: Path, chance: random.Random, count: int
 ) -> dict[str, Any]:
     """Kills a run ``count`` times: at any moment, within a write, and at once after the last."""
+    expected, problems = told(call(place / "whole")), []
+    if told(call(place / "whole")) != expected:
+        problems.append("the finished run is another one when called again")
     began = time.perf_counter()
-    whole = told(call(place / f"whole-{call.__name__}"))
-    seconds = time.perf_counter() - began
-    expected = told(call(place / f"whole-{call.__name__}"))
-    problems = [] if whole == expected else ["the finished run is another one when called again"]
+    with _counted_writes() as count_of_writes:
+        call(place / "timed")
+    seconds, most = time.perf_counter() - began, len(count_of_writes)
     done = finished = writes = unreadable = 0
     while done < count:
         folder = place / f"killed-{call.__name__}-{finished}"
@@ -130,22 +164,22 @@ def kills(
         while True:
             kind = chance.choice(["any", "any", "write", "at once"]) if done < count else "none"
             answer.unlink(missing_ok=True)
-            write = chance.randrange(1, 30)
+            write = chance.randint(1, most)
             child = os.fork()
             if child == 0:
                 _child(lambda own=folder: call(own), answer, write, kind == "write")
             if kind in ("any", "at once"):
                 time.sleep(chance.uniform(0.0, seconds if kind == "any" else 0.02 * seconds))
                 os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            (code,) = _wait([child], _LIMIT)
             if answer.exists():
                 break
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            if code == -signal.SIGKILL:
                 done += 1
                 writes += kind == "write"
                 unreadable += not _readable(folder)
             else:
-                problems.append(f"a process ended with status {status}")
+                problems.append(f"a process ended with exit code {code}")
                 break
         finished += 1
         if answer.exists() and json.loads(answer.read_text()) != expected:
@@ -155,6 +189,7 @@ def kills(
     return {
         "kills": done,
         "within_a_write": writes,
+        "writes_of_a_run": most,
         "runs_finished": finished,
         "unreadable": unreadable,
         "seconds_of_a_run": seconds,
@@ -181,6 +216,22 @@ def _child(
         print(f"{type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(code)
+
+
+@contextlib.contextmanager
+def _counted_writes() -> Iterator[list[int]]:
+    """The files that are written meanwhile, an entry for each."""
+    real, seen = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        seen.append(descriptor)
+        real(descriptor)
+
+    files.os.fsync = fsync
+    try:
+        yield seen
+    finally:
+        files.os.fsync = real
 
 
 def _die_within_write(number: int) -> None:
@@ -242,7 +293,7 @@ def _ranks(
     call: Callable[[], fastvol.VolumeEstimate],
     answers: Path,
     *,
-    patience: float = 4.0,
+    patience: float = 30.0,
 ) -> list[int]:
     """Forks the processes of a group."""
     with socket.socket() as free:
@@ -290,7 +341,7 @@ def world_sizes(place: Path) -> dict[str, Any]:
         for size in (2, 4):
             answers = place / f"{name}-{size}"
             answers.mkdir()
-            codes = _wait(_ranks(size, lambda call=call: call(None), answers), 240)
+            codes = _wait(_ranks(size, lambda call=call: call(None), answers), _LIMIT)
             found = [json.loads(path.read_text()) for path in sorted(answers.iterdir())]
             if codes != [0] * size or found != [expected] * size:
                 problems.append(f"{name} by {size} processes are others (exit codes {codes})")
@@ -298,7 +349,7 @@ def world_sizes(place: Path) -> dict[str, Any]:
     for size, n in ((4, 700), (2, 1100)):
         answers = place / f"sizes-{size}"
         answers.mkdir()
-        codes = _wait(_ranks(size, lambda n=n: rays(folder, n=n), answers), 240)
+        codes = _wait(_ranks(size, lambda n=n: rays(folder, n=n), answers), _LIMIT)
         if codes != [0] * size:
             problems.append(f"{size} processes ended with {codes}")
     if told(rays(folder)) != told(rays(None)):
@@ -312,7 +363,7 @@ def rank_kills(place: Path, chance: random.Random, count: int, n: int) -> dict[s
     began = time.perf_counter()
     answers = place / "timed"
     answers.mkdir()
-    codes = _wait(_ranks(4, lambda: rays(None, n=n), answers), 600)
+    codes = _wait(_ranks(4, lambda: rays(None, n=n), answers), _LIMIT)
     seconds = time.perf_counter() - began
     done = finished = 0
     while done < count:
@@ -321,7 +372,7 @@ def rank_kills(place: Path, chance: random.Random, count: int, n: int) -> dict[s
         answers.mkdir()
         size = 4
         while True:
-            children = _ranks(size, lambda own=folder: rays(own, n=n), answers)
+            children = _ranks(size, lambda own=folder: rays(own, n=n), answers, patience=4.0)
             if done < count:
                 time.sleep(chance.uniform(0.0, seconds))
                 victim = chance.randrange(size)
@@ -341,7 +392,7 @@ def rank_kills(place: Path, chance: random.Random, count: int, n: int) -> dict[s
                     problems.append(f"kill {done}: the folder cannot be read")
                 size = chance.choice([2, 4])
             else:
-                codes = _wait(children, 600)
+                codes = _wait(children, _LIMIT)
                 break
         finished += 1
         # Whoever gave an answer gave the right one.
@@ -380,6 +431,7 @@ def soak(place: Path, chance: random.Random, seconds: float) -> dict[str, Any]:
                 interrupts += 1
         if told(result) != expected:
             problems.append(f"run {finished} is another one")
+        shutil.rmtree(folder)
         finished += 1
         if settled is None and finished == 3:
             settled = _held()
@@ -407,7 +459,7 @@ def _held() -> tuple[int, int]:
 
 def merge(place: Path, count: int = 1000, block: int = 1000) -> dict[str, Any]:
     """What it takes to make a result of a million directions in a thousand blocks."""
-    plan = {**_PLAN, "block": block}
+    plan = {**PLAN, "block": block}
     call: dict[str, Any] = {"plan": plan, "first_crossing": True}
     folder = place / "merged"
     rays(folder, n=block, **call)
@@ -433,14 +485,35 @@ def merge(place: Path, count: int = 1000, block: int = 1000) -> dict[str, Any]:
     }
 
 
-def overhead(place: Path, rounds: int = 5) -> dict[str, Any]:
+def memory(place: Path, sizes: Sequence[int]) -> dict[str, Any]:
+    """What a direction takes in runs that go on, each in a fresh process, with the one before."""
+    runs = []
+    for n in sizes:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.proofs.resumed", str(place / "large"), str(n)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=2 * _LIMIT,
+        )
+        if done.returncode:
+            return {"runs": runs, "problems": [f"of {n} directions: {done.stderr}"]}
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, last = runs[0], runs[-1]
+    each = (last["bytes"] - first["bytes"]) / (last["n"] - first["n"])
+    problems = [] if each <= _MOST_BYTES else [f"{each:.0f} bytes a direction"]
+    return {"runs": runs, "bytes_a_direction": each, "problems": problems}
+
+
+def overhead(place: Path, rounds: int = 9) -> dict[str, Any]:
     """What keeping blocks of the default size costs, in turns: at 17 parameters, and at 2,410."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         x = torch.randn(300, 64)
     y = model(x).argmax(dim=1)
-    plan = {**_PLAN, "block": 1024, "lanes": 64, "chunk": 64}
+    plan = {**PLAN, "block": 1024, "lanes": 64, "chunk": 64}
     small = {**plan, "dtype": "float32", "lanes": 8, "chunk": 8}
 
     def larger(folder: Path | None) -> None:
@@ -456,15 +529,18 @@ def overhead(place: Path, rounds: int = 5) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, call in calls.items():
         times: dict[bool, list[float]] = {False: [], True: []}
+        busy: dict[bool, list[float]] = {False: [], True: []}
         for i in range(rounds):
             for kept in (False, True):
-                began = time.perf_counter()
+                began, worked = time.perf_counter(), time.process_time()
                 call(place / f"overhead-{name}-{i}" if kept else None)
                 times[kept].append(time.perf_counter() - began)
+                busy[kept].append(time.process_time() - worked)
         found[name] = {
             "without": times[False],
             "kept": times[True],
             "ratio": min(times[True]) / min(times[False]),
+            "ratio_of_processor_time": min(busy[True]) / min(busy[False]),
         }
     # A block of the tiny one takes some 40 ms, of which the disk's own calls are one in a hundred.
     ratio = found["small"]["ratio"]
@@ -480,7 +556,7 @@ def scaling(place: Path) -> dict[str, Any]:
         )
         x = torch.randn(600, 784)
     y = model(x).argmax(dim=1)
-    plan = {**_PLAN, "dtype": "float32", "chunk": 1, "block": 64}
+    plan = {**PLAN, "dtype": "float32", "chunk": 1, "block": 64}
 
     def call(threads: int) -> fastvol.VolumeEstimate:
         own = {**plan, "threads": threads, "noise_threads": threads}
@@ -492,7 +568,7 @@ def scaling(place: Path) -> dict[str, Any]:
         answers = place / f"scaling-{size}-{time.monotonic_ns()}"
         answers.mkdir()
         began = time.perf_counter()
-        codes = _wait(_ranks(size, lambda: call(threads), answers, patience=30.0), 1200)
+        codes = _wait(_ranks(size, lambda: call(threads), answers), 2 * _LIMIT)
         if codes != [0] * size:
             raise RuntimeError(f"processes ended with {codes}")
         return time.perf_counter() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -222,7 +222,9 @@ def estimate(  # type: ignore[misc]
     _check_preconditioner(preconditioner)
     work = Work(on_interrupt=_check_on_interrupt(on_interrupt))
     if checkpoint is not None:
-        folder_path(checkpoint)
+        # Only the process that leads has to see where it is to be.
+        with suppress(FileNotFoundError):
+            folder_path(checkpoint)
     engines.check_name(string(engine, "engine"))
     _backend.select(string(backend, "backend"))
     count = whole(n, "n", least=1, below=2**63)

@@ -7,12 +7,15 @@ process that waits looks for others that have failed, or have not been heard of.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
 import os
 import threading
 import time
+import uuid
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,28 +32,133 @@ _ROLL_CALL = 300.0
 _POLL = 0.002
 _SLOWEST_POLL = 0.1
 
-_calls = 0
+
+class Members:
+    """The processes that share a store, as this one sees them: from its first call on it says,
+    also between two calls, that it lives.
+
+    The store may hold what earlier processes have left: a launcher that starts all anew keeps its
+    own. So these meet under a name that nobody has had before.
+
+    Args:
+        store: shared by all.
+        rank, size: of this process, and of all.
+
+    Raises:
+        FastvolError: some do not come.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.calls = 0
+        # The call that is going on here.
+        self.team: Team | None = None
+        # Why the store can be used no more.
+        self.trouble = ""
+        # The store, for one thread at a time.
+        self.lock = threading.Lock()
+        self._process = os.getpid()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="fastvol members", daemon=True)
+        deadline = time.monotonic() + _ROLL_CALL
+        try:
+            name = self._named(store, deadline)
+            self.store = _below(name, store)
+            self.store.set(f"beat/{rank}", "0")
+            self._thread.start()
+            if rank == 0:
+                self._welcome(store, name, deadline)
+        except BaseException as error:
+            self._ending.set()
+            if isinstance(error, RuntimeError):
+                raise FastvolError(_gone(error)) from error
+            raise
+
+    def _named(self, store: Any, deadline: float) -> str:
+        """The name: rank 0's own word, and for another one the answer to its word."""
+        word = uuid.uuid4().hex
+        if self.rank == 0:
+            return word
+        store.set(f"hello/{self.rank}", word)
+        while not store.check([f"welcome/{word}"]):
+            _wait_for(0, self.size, deadline)
+        return _text(store.get(f"welcome/{word}"))
+
+    def _welcome(self, store: Any, name: str, deadline: float) -> None:
+        """Answers all others, until they have met."""
+        heard = dict.fromkeys(range(1, self.size), "")
+        while heard:
+            for rank, before in list(heard.items()):
+                with self.lock:
+                    if self.beat(rank) is not None:
+                        del heard[rank]
+                    elif store.check([f"hello/{rank}"]):
+                        # A word that is there already may be that of a dead one.
+                        word = heard[rank] = _text(store.get(f"hello/{rank}"))
+                        if word != before:
+                            store.set(f"welcome/{word}", name)
+            if heard:
+                _wait_for(min(heard), self.size, deadline)
+
+    def _live(self) -> None:
+        beat = 0
+        while not self._ending.wait(_BEAT):
+            beat += 1
+            try:
+                with self.lock:
+                    self.store.set(f"beat/{self.rank}", str(beat))
+                    if self.team is not None:
+                        self.team.listen()
+            except Exception as error:
+                self.trouble = _gone(error)
+                return
+
+    def beat(self, rank: int) -> str | None:
+        """The last sign of life of a process; ``None`` where there is none yet."""
+        name = f"beat/{rank}"
+        return _text(self.store.get(name)) if self.store.check([name]) else None
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a process has ended, and has said so."""
+        return bool(self.store.check([f"left/{rank}"]))
+
+    def leave(self) -> None:
+        """Says no more."""
+        # A process that was forked off this one has no part in it.
+        if os.getpid() != self._process or self._ending.is_set():
+            return
+        self._ending.set()
+        self._thread.join(_PATIENCE)
+        # The store may have gone first.
+        with contextlib.suppress(Exception):
+            self.store.set(f"left/{self.rank}", "")
 
 
 class Team:
     """The processes of one call.
 
     Args:
-        store: shared by them, for this call alone.
-        rank, size: of this process, and of all.
+        members: all of them.
+
+    Raises:
+        FastvolError: one has ended, or makes no call.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self._store = store
+    def __init__(self, members: Members) -> None:
+        self.rank, self.size = members.rank, members.size
+        members.calls += 1
+        self._members = members
+        self._store = _below(f"call/{members.calls}", members.store)
         self._message = self._job = 0
         self._trouble = ""
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
-        self._store.set(f"beat/{rank}", "0")
-        self._roll_call()
-        self._thread = threading.Thread(target=self._listen, name="fastvol team", daemon=True)
-        self._thread.start()
+        now = time.monotonic()
+        self._heard = {rank: ("", now) for rank in range(self.size) if rank != self.rank}
+        members.team = self
+        try:
+            self._roll_call()
+        except BaseException:
+            members.team = None
+            raise
 
     @property
     def leads(self) -> bool:
@@ -63,8 +171,9 @@ class Team:
         Raises:
             FastvolError: it says which, and why.
         """
-        if self._trouble:
-            raise FastvolError(self._trouble)
+        trouble = self._trouble or self._members.trouble
+        if trouble:
+            raise FastvolError(trouble)
 
     def fail(self, why: str) -> None:
         """Tells the others that this process ends."""
@@ -137,8 +246,7 @@ class Team:
                 for rank in range(1, self.size):
                     self._wait(f"done/{rank}")
         finally:
-            self._closing.set()
-            self._thread.join()
+            self._members.team = None
 
     def _next_message(self) -> str:
         self._message += 1
@@ -173,7 +281,7 @@ class Team:
     @contextlib.contextmanager
     def _line(self) -> Iterator[None]:
         """The store, for one thread at a time."""
-        with self._lock:
+        with self._members.lock:
             try:
                 yield
             except RuntimeError as error:
@@ -181,48 +289,45 @@ class Team:
 
     def _roll_call(self) -> None:
         """Waits until every process has made the call."""
+        with self._line():
+            self._store.set(f"here/{self.rank}", "")
         deadline = time.monotonic() + _ROLL_CALL
         for rank in range(self.size):
-            while not self._store.check([f"beat/{rank}"]):
-                if time.monotonic() > deadline:
+            while True:
+                with self._line():
+                    if self._store.check([f"here/{rank}"]):
+                        break
+                    gone = self._members.has_left(rank)
+                if gone:
                     raise FastvolError(
-                        f"rank {rank} of {self.size} has not made the same call within "
-                        f"{_ROLL_CALL:.0f} s: in a process group every process has to, unless "
-                        "distributed=False"
+                        f"rank {rank} of {self.size} has ended without making this call"
                     )
-                time.sleep(0.01)
+                _wait_for(rank, self.size, deadline)
+                self.check()
 
-    def _listen(self) -> None:
-        """Says that this process lives, and notes when another one does not."""
-        others = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
-        beat = 0
-        while not self._closing.wait(_BEAT):
-            beat += 1
-            try:
-                with self._lock:
-                    self._store.set(f"beat/{self.rank}", str(beat))
-                    failed = self._store.check(["failed"])
-                    if failed:
-                        self._trouble = _text(self._store.get("failed"))
-                        return
-                    beats = {rank: _text(self._store.get(f"beat/{rank}")) for rank in others}
-                    now = time.monotonic()
-                    for rank, heard in beats.items():
-                        before, since = others[rank]
-                        if heard != before:
-                            others[rank] = heard, now
-                        elif now - since > _PATIENCE:
-                            if self._store.check([f"done/{rank}"]):
-                                del others[rank]
-                                break
-                            self._trouble = (
-                                f"rank {rank} has not been heard of for {_PATIENCE:.0f} s: it is "
-                                "taken for dead. With checkpoint= the same call continues"
-                            )
-                            return
-            except Exception as error:
-                if not self._closing.is_set():
-                    self._trouble = _gone(error)
+    def listen(self) -> None:
+        """Notes when another process has failed, or says nothing any more; within the lock."""
+        if self._trouble:
+            return
+        if self._store.check(["failed"]):
+            self._trouble = _text(self._store.get("failed"))
+            return
+        now = time.monotonic()
+        for rank, (before, since) in list(self._heard.items()):
+            heard = self._members.beat(rank)
+            if heard is None:
+                # It has not come yet, which the roll call waits for.
+                continue
+            if heard != before:
+                self._heard[rank] = heard, now
+            elif now - since > _PATIENCE:
+                if self._store.check([f"done/{rank}"]):
+                    del self._heard[rank]
+                    continue
+                self._trouble = (
+                    f"rank {rank} has not been heard of for {_PATIENCE:.0f} s: it is taken for "
+                    "dead. With checkpoint= the same call continues"
+                )
                 return
 
 
@@ -233,15 +338,11 @@ def team() -> Iterator[Team | None]:
     Those of the default process group, or those that ``torchrun`` (or a scheduler) has prepared the
     environment for: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
-    found = _shared_store() if dist.is_available() else None
-    if found is None:
+    members = _members() if dist.is_available() else None
+    if members is None:
         yield None
         return
-    global _calls
-    _calls += 1
-    store, rank, size = found
-    prefixed: Any = dist.distributed_c10d.PrefixStore
-    made = Team(prefixed(f"fastvol/{_calls}", store), rank, size)
+    made = Team(members)
     try:
         yield made
     except BaseException as error:
@@ -250,15 +351,40 @@ def team() -> Iterator[Team | None]:
     made.close(None)
 
 
+# Those of the last call, and the store that they met over.
+_known: tuple[Any, Members] | None = None
+
+
+def _members() -> Members | None:
+    """The processes that this one is among, the same ones as long as their store lives."""
+    global _known
+    found = _shared_store()
+    if found is None:
+        return None
+    store, rank, size = found
+    if _known is not None:
+        known, members = _known
+        if known() is store:
+            return members
+        members.leave()
+        atexit.unregister(members.leave)
+    own = store
+    # A connection of its own, where there is such a thing.
+    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
+        own = store.clone()
+    members = Members(_below("fastvol", own), rank, size)
+    atexit.register(members.leave)
+    # A process group takes its store with it when it is destroyed.
+    _known = weakref.ref(store), members
+    return members
+
+
 def _shared_store() -> tuple[Any, int, int] | None:
     """A store that all processes share, with this one's rank and their number."""
     if dist.is_initialized():
         if dist.get_world_size() == 1:
             return None
         store: Any = dist.distributed_c10d._get_default_store()
-        # A connection of its own, where there is such a thing.
-        with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
-            store = store.clone()
         return store, dist.get_rank(), dist.get_world_size()
     return _store_of_environment() if _prepared() else None
 
@@ -280,6 +406,25 @@ def _prepared() -> bool:
         return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
     except ValueError:
         return False
+
+
+def _below(name: str, store: Any) -> Any:
+    prefixed: Any = dist.distributed_c10d.PrefixStore
+    return prefixed(name, store)
+
+
+def _wait_for(rank: int, size: int, deadline: float) -> None:
+    """A moment.
+
+    Raises:
+        FastvolError: it was the last one.
+    """
+    if time.monotonic() > deadline:
+        raise FastvolError(
+            f"rank {rank} of {size} has not made the same call within {_ROLL_CALL:.0f} s: in a "
+            "process group every process has to, unless distributed=False"
+        )
+    time.sleep(0.01)
 
 
 def _gone(error: Exception) -> str:

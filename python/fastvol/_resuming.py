@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -109,10 +110,11 @@ def agree(
             + "; its ".join(differing)
         )
     if message["manifest"] is not None:
-        folder = Folder(checkpoint, owner=False)
-        # One of its own, on another machine, is none of this run's.
-        if folder.manifest == message["manifest"]:
-            work.folder = folder
+        # Another machine may not see it, or have one of its own, which is none of this run's.
+        with contextlib.suppress(FileNotFoundError, FastvolError):
+            folder = Folder(checkpoint, owner=False)
+            if folder.manifest == message["manifest"]:
+                work.folder = folder
     return message["loss0"], Plan.from_description(_with_own_cores(message["plan"]))
 
 

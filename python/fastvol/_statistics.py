@@ -296,9 +296,13 @@ def pareto_shape(log_weights: Array) -> float:
     length = int(3.0 * math.sqrt(n)) if n > 225 else n // 5
     if length < 5:
         return math.inf
+    # The library takes a fifth of what it is given at the most, and some copies of it.
+    count = min(n, 5 * length + 10)
+    upper = np.partition(log_weights, n - count)[n - count :] if 2 * count < n else log_weights
     # Only the tail counts, so what lies far below it may be moved to a finite value.
-    relative = np.maximum(log_weights - log_weights.max(), -10.0 * _UNDERFLOW)
-    tail = np.sort(np.partition(relative, n - length - 1)[n - length - 1 :])
+    relative = np.maximum(upper - upper.max(), -10.0 * _UNDERFLOW)
+    first = relative.size - length - 1
+    tail = np.sort(np.partition(relative, first)[first:])
     if tail[0] < -_UNDERFLOW:
         return math.inf
     excess = np.exp(tail[1:]) - math.exp(tail[0])
@@ -307,9 +311,11 @@ def pareto_shape(log_weights: Array) -> float:
         return math.inf
 
     array_stats: Any = import_module("arviz_stats.base").array_stats
+    # It fits 3 sqrt(size / r_eff) of them; what is added keeps whole roots of n whole.
+    r_eff = 1.0 if relative.size == n else relative.size / n * (1.0 - 1e-12)
     # The library takes log likelihoods, minus the log ratios.
     with np.errstate(all="ignore"):
-        _, fitted = array_stats.psislw(-relative)
+        _, fitted = array_stats.psislw(-relative, r_eff=r_eff)
     k = float(fitted)
     return k if math.isfinite(k) else math.inf
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -31,6 +32,18 @@ FORMAT = "fastvol checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
+
+# Folders that this process may hold the lock of.
+_open: weakref.WeakSet[Folder] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked process: workers that read data may outlive a run that is killed."""
+    for folder in list(_open):
+        folder._release()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Folder:
@@ -149,6 +162,9 @@ class Folder:
     def close(self) -> None:
         """Writes what is waiting, and lets others have the folder."""
         self.writer.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -168,6 +184,7 @@ class Folder:
             os.close(descriptor)
             return
         self._lock = descriptor
+        _open.add(self)
 
     def _tidy(self) -> None:
         for path in self.path.rglob(".*"):
