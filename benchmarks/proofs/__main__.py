@@ -37,6 +37,7 @@ PROOFS = {
     "trained": trained.run,
     "prior": prior.run,
     "interrupted": interrupted.run,
+    "soak": interrupted.run_soak,
 }
 
 

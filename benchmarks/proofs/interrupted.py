@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,10 +60,19 @@ _MOST_BYTES = 100.0
 
 
 def run(short: bool) -> dict[str, Any]:
-    """Kills, damage, processes, and a soak."""
+    """Kills, damage, processes, and what they cost."""
+    return _judged(stages, short)
+
+
+def run_soak(short: bool) -> dict[str, Any]:
+    """Half an hour of interrupts."""
+    return _judged(_soaked, short)
+
+
+def _judged(parts: Callable[[bool], dict[str, Any]], short: bool) -> dict[str, Any]:
     # What is forked must find no threads of another's, which this process may have.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found = pool.submit(stages, short).result()
+        found = pool.submit(parts, short).result()
     problems = [
         f"{name}: {problem}" for name, told in found.items() for problem in told.pop("problems")
     ]
@@ -71,24 +80,33 @@ def run(short: bool) -> dict[str, Any]:
 
 
 def stages(short: bool) -> dict[str, Any]:
-    """What each part found, with the seconds that it took."""
-    torch.set_num_threads(1)
+    """What each part found, with the seconds that it took; first those that want quiet cores."""
     chance = random.Random(0)
     sizes = [100_000, 300_000] if short else [1_000_000, 5_000_000, 10_000_000]
-    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "kills_of_rays": lambda place: kills(rays, place, chance, 10 if short else 150),
-        "kills_of_chains": lambda place: kills(chains, place, chance, 3 if short else 50),
-        "damage": lambda place: damage(place, chance, 6 if short else 100),
-        "world_sizes": world_sizes,
-        "kills_of_a_rank": lambda place: rank_kills(
-            place, chance, 2 if short else 50, 2500 if short else 6000
-        ),
-        "merge": merge,
-        "memory": lambda place: memory(place, sizes),
-        "soak": lambda place: soak(place, chance, 2.0 if short else 1800.0),
-    }
-    if not short:
-        parts |= {"overhead": overhead, "scaling": scaling}
+    timed = {} if short else {"overhead": overhead, "scaling": scaling}
+    return _each(
+        {
+            **timed,
+            "kills_of_rays": lambda place: kills(rays, place, chance, 10 if short else 150),
+            "kills_of_chains": lambda place: kills(chains, place, chance, 3 if short else 50),
+            "damage": lambda place: damage(place, chance, 6 if short else 100),
+            "world_sizes": world_sizes,
+            "kills_of_a_rank": lambda place: rank_kills(
+                place, chance, 2 if short else 50, 2500 if short else 6000
+            ),
+            "merge": merge,
+            "memory": lambda place: memory(place, sizes),
+        }
+    )
+
+
+def _soaked(short: bool) -> dict[str, Any]:
+    seconds = 2.0 if short else 1800.0
+    return _each({"soak": lambda place: soak(place, random.Random(1), seconds)})
+
+
+def _each(parts: Mapping[str, Callable[[Path], dict[str, Any]]]) -> dict[str, Any]:
+    torch.set_num_threads(1)
     found = {}
     for name, part in parts.items():
         began = time.perf_counter()
