@@ -306,8 +306,7 @@ def _layered_plan(
             plan = replace(best, **variant)
             torch.set_num_threads(plan.threads)
             found = attempt(plan)
-            # More rays at once also ask the search less often, which is not timed here.
-            if found < (1.0 if variant.keys() == {"chunk", "lanes"} else _BETTER) * fastest:
+            if found < _BETTER * fastest:
                 best, fastest, worse = plan, found, 0
                 found_yet[0] = best
             else:
@@ -347,6 +346,10 @@ class _Choices:
 
         What may change most comes first: a short run has not the time for all.
         """
+        many = self.examples >= 4 * _ROWS[0]
+        if many:
+            # What is kept of all of them at once has to be fetched from memory for every radius.
+            yield [{"rows": _ROWS[0]}]
         yield [{"cached": False}]
         if self.onednn:
             yield [{"products": "onednn"}]
@@ -374,7 +377,7 @@ class _Choices:
             if self.workers > 1:
                 other = 1 if working > 1 else self.workers
                 yield [self._working(best[0], other)]
-        yield [{"rows": rows} for rows in _ROWS if 2 * rows <= self.examples]
+        yield [{"rows": rows} for rows in _ROWS[many:] if 2 * rows <= self.examples]
         if self.workers > 1 and best[0].workers == 1:
             yield [{"threads": 1 if best[0].threads > 1 else self.workers}]
 
