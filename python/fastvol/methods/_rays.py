@@ -29,6 +29,8 @@ Int = npt.NDArray[np.int64]
 
 # Scans of one pass are divided into about so many groups.
 _GROUPS = 64
+# Rays in a group, at the least.
+_LEAST_GROUP = 16
 
 
 class Searcher:
@@ -363,8 +365,9 @@ def _audit(
     """Audits in place; the losses that it took."""
     place = f"{section(threshold)}/audit-{problem.n}"
     plan = problem.plan
-    scans = Scans(
-        work, place, searchers, rays, min(max(64, 4 * plan.lanes), plan.block), plan.block
-    )
+    # Small ones can be shared among processes; all rays of a scan take as many losses, so that no
+    # lane runs dry before the others.
+    least = min(max(_LEAST_GROUP, plan.lanes), plan.block)
+    scans = Scans(work, place, searchers, rays, least, plan.block)
     audit(problem, scans, rays, search_loss)
     return scans.n_loss
