@@ -53,6 +53,8 @@ PLAN: dict[str, Any] = {
     "screening": "off",
 }
 _EXIT_SECONDS = 60.0
+# Ranks that are killed are taken for dead after so long, before their first call after five times.
+_RANK_PATIENCE = 4.0
 # A process that takes longer hangs.
 _LIMIT = 600.0
 # Of a direction, in a run that resumes: 28 in the result, 8 in each of some vectors beside it.
@@ -313,7 +315,7 @@ def _ranks(
     *,
     patience: float = 30.0,
 ) -> list[int]:
-    """Forks the processes of a group."""
+    """Forks the processes of a group, which all come at once or never."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -326,6 +328,8 @@ def _ranks(
                 MASTER_PORT=str(port),
             )  # fmt: skip
             _processes._BEAT, _processes._PATIENCE = patience / 10, patience
+            # In a real run some may come minutes after the first.
+            _processes._ROLL_CALL = 5 * patience
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, 1)
             os.dup2(devnull, 2)
@@ -390,7 +394,9 @@ def rank_kills(place: Path, chance: random.Random, count: int, n: int) -> dict[s
         answers.mkdir()
         size = 4
         while True:
-            children = _ranks(size, lambda own=folder: rays(own, n=n), answers, patience=4.0)
+            children = _ranks(
+                size, lambda own=folder: rays(own, n=n), answers, patience=_RANK_PATIENCE
+            )
             if done < count:
                 time.sleep(chance.uniform(0.0, seconds))
                 victim = chance.randrange(size)
@@ -422,6 +428,8 @@ def rank_kills(place: Path, chance: random.Random, count: int, n: int) -> dict[s
     return {
         "kills": done,
         "groups_finished": finished,
+        "patience_seconds": _RANK_PATIENCE,
+        "roll_call_seconds": 5 * _RANK_PATIENCE,
         "slowest_exit_seconds": slowest,
         "problems": problems,
     }
