@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fastvol._precision import products
 
 # Integer operations of a normal number, of four of which ten rounds of Philox make the words.
 _OPERATIONS = 20
@@ -86,19 +87,8 @@ def matrix_rate(device: torch.device, precision: str, size: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    with tf32(precision == "tf32"):
+    with products(tf32=precision == "tf32"):
         return 2 * size**3 / seconds(lambda: torch.mm(a, b, out=out), device)
-
-
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Whether float32 products and convolutions may round their operands to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def normals_bound(device: torch.device) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvol._backend import select
+from fastvol._precision import products
 from fastvol._reference.search_step import Rule, SearchState
 
 from . import card
@@ -108,7 +109,7 @@ def linear(bench: Bench) -> Iterator[Row]:
                     precision=precision,
                 )
                 theirs = partial(_materialised, many, weight, added, z, moved)
-                with card.tf32(precision == "tf32"):
+                with products(tf32=precision == "tf32"):
                     spent, other = (card.kernel_seconds(f, device) for f in (ours, theirs))
                 rate = 2 * lanes * rows * width_in * width_out / spent
                 share = rate / bench.limits[precision]

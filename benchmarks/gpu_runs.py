@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
 
-from . import card
+from fastvol._precision import products
+
 from .gpu_bench import PUBLISHED, RTOL, Bench, Row, SkippedError, row
 
 
@@ -151,7 +152,7 @@ def agreement(bench: Bench) -> Iterator[Row]:
     )
     wanted = bench.estimate(host, n, backend="auto")
     for name, rounded in (("", False), (", tf32 allowed", True)):
-        with card.tf32(rounded):
+        with products(tf32=rounded):
             found = bench.estimate(problem, n)
         away = float(np.abs(found.log_radii - wanted.log_radii).max())
         alike = bool((found.status == wanted.status).all())
