@@ -357,3 +357,19 @@ def test_arrays_and_numpy_numbers_are_numbers() -> None:
     assert a.log_volume == pytest.approx(b.log_volume, abs=1e-5)
     c = fastvol.estimate(Bowl(), bowl_loss, n=100, threshold=0.25, metric=np.full(9, 2.0))
     assert c.log_volume == pytest.approx(log_ball(9, 0.5), abs=1e-6)
+
+
+def test_no_bar_is_made_where_none_is_wanted(regression, monkeypatch):
+    """Its lock is shared with forked processes, whatever it shows."""
+
+    def made(*args, **options):
+        raise AssertionError("a bar was made")
+
+    monkeypatch.setattr("tqdm.auto.tqdm", made)
+    model, data = regression
+    for method in ("radial", "annealed"):
+        fastvol.estimate(
+            model, F.mse_loss, 64, data=data, increase=1.0, method=method, progress=False
+        )
+    with pytest.raises(AssertionError, match="a bar was made"):
+        fastvol.estimate(model, F.mse_loss, 64, data=data, increase=1.0, progress=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import _backend
 from ._arguments import boolean, is_auto, numbers_of, whole
+from ._bars import progress_bar
 from ._layout import ParameterLayout, ParameterSelector
 from ._objective import PREFIX, Objective
 from ._precision import products
@@ -145,7 +146,7 @@ def prior_mass(
             warn_of_single_rays(given, trouble)
             given = replace(given, lanes=lanes, chunk=min(given.chunk, lanes), keep_rows=True)
         engine = PriorEngine(objective, layout, center, scale, given, backend)
-        with _bar(count, progress) as bar:
+        with progress_bar(count, "loss", shown=progress) as bar:
             prior = Prior(engine, backend, seed, theta, given.noise_threads, bar.update)
             result = _run(prior, min(thresholds), count, repeats, chain_count)
     ladder, runs, states, remarks = result
@@ -233,13 +234,6 @@ def _one(
         rng=rng,
         learn=learn,
     )
-
-
-def _bar(total: int, progress: bool) -> Any:
-    """A progress bar over losses; silent where there is no terminal."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="loss", unit_scale=True, disable=None if progress else True)
 
 
 def _expand_mean(layout: ParameterLayout, mean: Any) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._backend import Backend
+from ._bars import progress_bar
 from ._layout import ParameterLayout
 from ._objective import Objective
 from ._scale import Scale
@@ -204,21 +205,14 @@ class Problem:
             rowspace=self.noise == "rowspace",
         )
 
-    @contextmanager
-    def bar(self, *, unit: str = "direction", total: int | None = None) -> Iterator[Any]:
+    def bar(
+        self, *, unit: str = "direction", total: int | None = None
+    ) -> AbstractContextManager[Any]:
         """A progress bar over directions times thresholds; silent where there is no terminal.
 
         Args:
             unit: what is counted.
             total: how many of it for each threshold; the directions by default.
         """
-        from tqdm.auto import tqdm
-
-        with tqdm(
-            total=(self.n if total is None else total) * len(self.thresholds),
-            unit=unit,
-            unit_scale=True,
-            # None: shown on a terminal only.
-            disable=None if self.progress else True,
-        ) as bar:
-            yield bar
+        each = self.n if total is None else total
+        return progress_bar(each * len(self.thresholds), unit, shown=self.progress)
