@@ -19,6 +19,7 @@ from fastvol import _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import Objective
 from fastvol._scale import Scale
+from fastvol.checkpoints import Folder
 from fastvol.engines import Indexed, InPlaceEngine, plan_in_place
 from fastvol.losses import model_loss
 from fastvol.metrics import FilterMetric
@@ -27,8 +28,14 @@ RAYS = Indexed(7, np.array([0, 3, 2**33, 12]), antithetic=True)
 RADII = np.array([0.0, 0.3, 1.0, 4.0])
 
 
+# Where the processes of one world find each other's files.
+SHARED = Path()
+
+
 def start(rank: int, world: int, folder: str) -> None:
     """Runs all checks of one world; what fails is written to ``folder``."""
+    global SHARED
+    SHARED = Path(folder)
     torch.set_num_threads(1)
     distributed = torch.distributed
     distributed.init_process_group(
@@ -278,6 +285,137 @@ def check_estimate(rank: int, world: int) -> None:
         assert len(set(told)) == 1
 
 
+class Counted:
+    """A loss that counts its calls, and may end the process's run at one of them."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.calls, self.fails_at = 0, fails_at
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("here")
+        return F.cross_entropy(output, target)
+
+
+def measured(folder: Path | None, loss: Any, n: int, **options: Any) -> fastvol.VolumeEstimate:
+    """A call in blocks of two directions, sharded as the caller says."""
+    model = options.pop("model", None)
+    if model is None:
+        model = perceptron()
+        shard(model, [model[2]], **options.pop("sharding", {}))
+    settings = {"data": examples(), "increase": 0.3, "rtol": 1e-3, "lanes": 2, **options}
+    plan = dict(PLAN)
+    return fastvol.estimate(model, loss, n, checkpoint=folder, plan=plan, **settings)
+
+
+PLAN: dict[str, Any] = {
+    "engine": "inplace", "chunk": 1, "lanes": 2, "keep_rows": False, "dtype": "float32",
+    "threads": 1, "noise_threads": 1, "backend": "cpp", "block": 2,
+}  # fmt: skip
+
+
+def check_checkpoint(rank: int, world: int) -> None:
+    """A run that is ended halfway goes on to the same numbers, and takes no loss twice."""
+    whole_loss = Counted()
+    after: list[int] = []
+    whole = measured(None, whole_loss, 6, callbacks=[lambda _: after.append(whole_loss.calls)])
+    told: list[Any] = [None] * world
+    torch.distributed.all_gather_object(told, after)
+    # Only the first process shows and tells.
+    assert not any(told[1:])
+    folder = SHARED / "checkpoint"
+    with pytest.raises(fastvol.FastvolError, match="here"):
+        measured(folder, Counted(fails_at=told[0][1] + 1), 6)
+    torch.distributed.barrier()
+    blocks = sorted(path.name for path in folder.glob("threshold-*/blocks/*"))
+    assert len(blocks) == 2
+    rest = Counted()
+    resumed = measured(folder, rest, 6)
+    assert rest.calls < whole_loss.calls
+    assert resumed.log_radii.tobytes() == whole.log_radii.tobytes()
+    assert resumed.log_volume == whole.log_volume
+    assert resumed.n_loss == whole.n_loss
+    # Everything is there now: θ* is looked at, and nothing else.
+    again = Counted()
+    assert measured(folder, again, 6).log_volume == whole.log_volume
+    assert again.calls <= 2
+    larger = measured(folder, Counted(), 8)
+    assert larger.log_radii[:6].tobytes() == whole.log_radii.tobytes()
+
+
+def check_other_worlds(rank: int, world: int) -> None:
+    """Begun by two processes, gone on with by all four."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    pair = DeviceMesh("cpu", [0, 1])
+    folder = SHARED / "worlds"
+    if rank < 2:
+        first = measured(folder, F.cross_entropy, 4, sharding={"mesh": pair})
+        assert first.provenance["processes"] == 2
+    torch.distributed.barrier()
+    everything = measured(folder, F.cross_entropy, 8)
+    alone = measured(None, F.cross_entropy, 8, model=perceptron())
+    np.testing.assert_allclose(everything.log_radii, alone.log_radii, rtol=0, atol=1e-3)
+    if rank < 2:
+        assert everything.log_radii[:4].tobytes() == first.log_radii.tobytes()
+    # A module that is not sharded goes on there too, wherever its examples were.
+    torch.distributed.barrier()
+    if rank == 3:
+        x, y = examples()
+        data = [(x[:5], y[:5]), (x[5:], y[5:])]
+        own = measured(folder, F.cross_entropy, 8, model=perceptron(), data=data, distributed=False)
+        assert own.log_radii.tobytes() == everything.log_radii.tobytes()
+
+
+def check_refused_folders(rank: int, world: int) -> None:
+    """All processes end, also where only the first one sees why."""
+    folder = SHARED / "refused"
+    measured(folder, F.cross_entropy, 2)
+    x, y = examples()
+    with pytest.raises(fastvol.FastvolError, match="data sha256 is"):
+        measured(folder, F.cross_entropy, 2, data=(x, y.flip(0)))
+    with pytest.raises(fastvol.FastvolError, match="seed is 1"):
+        measured(folder, F.cross_entropy, 2, seed=1)
+    with pytest.raises(fastvol.FastvolError, match="all processes of a group"):
+        measured(None, F.cross_entropy, 2, seed=rank)
+    # Another process's part of the data may be this one's now.
+    part = slice(24 * rank // world, 24 * (rank + 1) // world)
+    measured(SHARED / "parts", F.cross_entropy, 2, data=(x[part], y[part]))
+    turned = (rank + 1) % world
+    other = slice(24 * turned // world, 24 * (turned + 1) // world)
+    measured(SHARED / "parts", F.cross_entropy, 2, data=(x[other], y[other]))
+    damaged = sorted((SHARED / "parts").glob("threshold-*/blocks/*"))[0]
+    torch.distributed.barrier()
+    if rank == 0:
+        damaged.write_bytes(damaged.read_bytes()[:-3])
+    torch.distributed.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        measured(SHARED / "parts", F.cross_entropy, 2, data=(x[part], y[part]))
+    assert any("is damaged" in str(w.message) for w in caught) == (rank == 0)
+    (SHARED / "file").touch()
+    torch.distributed.barrier()
+    with pytest.raises((NotADirectoryError, fastvol.FastvolError), match="not a folder"):
+        measured(SHARED / "file", F.cross_entropy, 2)
+    # Only the first process finds that it cannot write.
+    broken = SHARED / "broken"
+    if rank == 0:
+        real, calls = Folder.write, [0]
+
+        def write(self: Folder, place: str, piece: Any) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise OSError("no space left")
+            real(self, place, piece)
+
+        Folder.write = write  # type: ignore[method-assign]
+    with pytest.raises((OSError, fastvol.FastvolError), match="no space left"):
+        measured(broken, F.cross_entropy, 8)
+    if rank == 0:
+        Folder.write = real  # type: ignore[method-assign]
+
+
 def check_after_an_exception(rank: int, world: int) -> None:
     model = shard(perceptron(), [])
     local = [p.to_local().clone() for p in model.parameters()]
@@ -328,8 +466,16 @@ CHECKS: dict[int, list[Callable[[int, int], None]]] = {
         check_divided_data,
         check_data_out_of_step,
         check_estimate,
+        check_checkpoint,
+        check_refused_folders,
         check_after_an_exception,
         check_refusals,
     ],
-    4: [check_perceptron, check_replicas, check_transformer, check_divided_data],
+    4: [
+        check_perceptron,
+        check_replicas,
+        check_transformer,
+        check_divided_data,
+        check_other_worlds,
+    ],
 }

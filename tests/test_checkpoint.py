@@ -232,7 +232,7 @@ def test_another_format_is_refused(regression: Problem, tmp_path: Path) -> None:
     with pytest.raises(FastvolError, match="checksum"):
         call(regression, folder, n=20)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(FastvolError, match="format version 99; this version reads 1"):
+    with pytest.raises(FastvolError, match="format version 99; this version reads 2"):
         call(regression, folder, n=20)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(FastvolError, match="not a manifest"):

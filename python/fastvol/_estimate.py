@@ -30,7 +30,7 @@ from ._sharding import reshard
 from ._state import preserved, unwrap
 from ._version import __version__
 from ._work import Work
-from .checkpoints import Folder, identify
+from .checkpoints import identify
 from .checkpoints.folder import folder_path
 from .checkpoints.identity import digest_model, digest_value
 from .engines import Plan, choose_plan, plan_in_place, reason_to_write
@@ -40,9 +40,6 @@ from .methods._laws import NAMES as PRECONDITIONERS
 from .metrics import Metric, metric_scale
 from .result import Rays, VolumeEstimate
 
-_BLOCK = 1024
-# On a GPU many lanes run dry at the end of a block.
-_DEVICE_BLOCK = 8192
 # Told from a caller's own 0.1 by identity, so that threshold= and increase= together are an error.
 _DEFAULT_INCREASE: float = 0.1
 _DEFAULT_MEASURE = Lebesgue()
@@ -193,7 +190,8 @@ def estimate(  # type: ignore[misc]
             which all have to make the same call; ``False`` where one of them calls alone.
         progress: show a progress bar on a terminal.
         callbacks: each is called with a :class:`Progress` after every block of directions of
-            independent rays: 1,024 of them, on a GPU 8,192.
+            independent rays: 1,024 of them, on a GPU 8,192; fewer where these would take more than
+            half a minute, more where they take next to nothing.
 
     Returns:
         A :class:`VolumeEstimate` (from chains a :class:`PathEstimate`); a list of them for a
@@ -266,10 +264,6 @@ def estimate(  # type: ignore[misc]
             f"method={method!r} keeps directions, which no process has whole of a sharded module; "
             "use method='radial'"
         )
-    if layout.is_sharded and checkpoint is not None:
-        raise NotAvailableError(
-            "checkpoint= keeps blocks that one process can make, which none can of a sharded module"
-        )
     if writing and len(devices) > 1:
         raise NotAvailableError(
             f"device names several, but the in-place engine is used ({writing}), which works with "
@@ -284,10 +278,11 @@ def estimate(  # type: ignore[misc]
         quiet_vmap(),
         products(tf32=False),
     ):
-        shared = checkpoint is not None or work.team is not None
+        work.group = layout.group
+        shared = checkpoint is not None or not work.alone
         model_digest = digest_model(inner) if shared else {}
-        if checkpoint is not None and work.leads:
-            work.folder = Folder(checkpoint)
+        if checkpoint is not None:
+            work.open(checkpoint)
         objective = Objective(inner, loss_fn, data, layout.device, layout.group)
         if writing:
             layout.keep()
@@ -317,17 +312,23 @@ def estimate(  # type: ignore[misc]
                 asked=asked,
             )
         trouble = None
+        # Together the processes of a group take one block at a time.
+        shares = max(len(devices), 1 if work.team is None else work.team.size)
 
         def plan_for(stored: Mapping[str, Any] | None, loss0: float) -> Plan:
             nonlocal trouble
             _thresholds(threshold, increase, loss0, objective.epsilon)
             found, chosen = given_plan, chosen_backend
-            block = _BLOCK if layout.device.type == "cpu" else _DEVICE_BLOCK
+            block = None
             if stored is not None:
                 block = stored["block"]
                 if found is None:
                     found, chosen = plan_of_folder(
-                        stored, layout, engine=engine, backend=backend, lanes=lane_count
+                        stored,
+                        layout,
+                        engine="inplace" if layout.is_sharded else engine,
+                        backend=backend,
+                        lanes=lane_count,
                     )
             if found is None and writing is not None:
                 found = plan_in_place(
@@ -338,6 +339,7 @@ def estimate(  # type: ignore[misc]
                     block=block,
                     rays=count,
                     reason=writing,
+                    shares=shares,
                 )
             elif found is None:
                 found, trouble = choose_plan(
@@ -350,6 +352,7 @@ def estimate(  # type: ignore[misc]
                     block=block,
                     radius=0.1 * start,
                     rays=count,
+                    shares=shares,
                 )
                 if noise == "rowspace":
                     found = replace(found, cached=True)
@@ -397,7 +400,7 @@ def estimate(  # type: ignore[misc]
             provenance={
                 **versions,
                 **_how(chosen_plan, chosen_backend, trouble),
-                "processes": 1 if work.team is None else work.team.size,
+                "processes": layout.group.size if work.team is None else work.team.size,
                 "devices": [str(each) for each in devices],
             },
             progress=progress and work.leads,

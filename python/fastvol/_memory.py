@@ -29,7 +29,7 @@ def within_memory(run: Callable[[Problem], Results], problem: Problem) -> Result
             return run(problem)
         except Exception as error:
             # Other processes would not know that this one begins again.
-            alone = problem.work.team is None
+            alone = problem.work.alone
             if isinstance(error, MemoryRanOutError) or not ran_out(error) or not alone:
                 raise
             plan = with_fewer_lanes(problem.plan, error, problem.work.kept_in)

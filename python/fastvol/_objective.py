@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,8 +104,8 @@ class Objective:
         # What an engine has written down of the loss, by whatever that depends on.
         self.graphs: dict[Any, dict[Any, Any]] = {}
         self.epsilon = torch.finfo(torch.float32).eps
-        # L(θ*), from prepare() on.
-        self.loss0 = math.nan
+        # L(θ*), and how long it takes, from prepare() on.
+        self.loss0 = self.seconds = math.nan
         if data is None:
             self._batches = [Batch((), {}, None, 1.0)]
         elif isinstance(data, Mapping) and _holds_tensors(data):
@@ -214,7 +215,7 @@ class Objective:
         That holds where the loss is a mean over examples that do not see each other. A batch whose
         parts do not all have as many rows comes back whole.
         """
-        length = _length(batch)
+        length = rows_of(batch)
         if not rows or length is None:
             return [batch]
         parts = [self._part(batch, slice(i, min(i + rows, length))) for i in range(0, length, rows)]
@@ -225,7 +226,7 @@ class Objective:
 
         ``None`` where there are not twice as many, or where the batches are not made of rows.
         """
-        lengths = [_length(batch) for batch in self._batches or ()]
+        lengths = [rows_of(batch) for batch in self._batches or ()]
         whole = [length for length in lengths if length is not None]
         if not whole or len(whole) < len(lengths) or sum(whole) < 2 * examples:
             return None
@@ -282,7 +283,9 @@ class Objective:
         if hasattr(self._loss_fn, "reference_target"):
             self._keep_reference_targets()
         first = self._inspect(parameters)
+        began = time.perf_counter()
         second = self._inspect(parameters)
+        self.seconds = time.perf_counter() - began
         if first != first:
             raise ValueError("loss_fn is NaN at the model's parameters; there is no minimum here")
         if first in (float("inf"), float("-inf")):
@@ -485,7 +488,7 @@ def _examples(inputs: Any) -> int:
     return 1
 
 
-def _length(batch: Batch) -> int | None:
+def rows_of(batch: Batch) -> int | None:
     """The rows of a batch, where all of its tensors have as many."""
     leaves = pytree.tree_leaves((batch.args, batch.kwargs, batch.target))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

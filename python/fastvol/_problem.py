@@ -124,7 +124,7 @@ class Problem:
             try:
                 results.append(one(threshold))
             except KeyboardInterrupt:
-                if self.work.on_interrupt != "return" or not results or self.work.team is not None:
+                if self.work.on_interrupt != "return" or not results or not self.work.alone:
                     raise
                 self.work.interrupted = True
             if self.work.interrupted:

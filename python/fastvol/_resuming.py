@@ -79,9 +79,11 @@ def agree(
     """
     if identity is None:
         return loss0, plan_for(None, loss0)
-    manifest = None
-    if work.leads:
-        stored = None
+    plan: Plan | None = None
+
+    def begin() -> dict[str, Any]:
+        nonlocal loss0, plan
+        manifest = stored = None
         if work.folder is not None and work.folder.manifest is not None:
             work.folder.verify(identity)
             # Thresholds may depend on its last digit.
@@ -93,23 +95,24 @@ def agree(
                 work.folder.create(identity, plan.describe(), told)
             _check_block(plan, work.folder.plan)
             manifest = work.folder.manifest
-    message = work.told(
-        lambda: {
+        return {
             "identity": identity.describe(),
             "loss0": loss0,
             "plan": plan.describe(),
             "manifest": manifest,
         }
-    )
-    if work.leads:
-        return loss0, plan
-    differing = identity.differences(message["identity"], "rank 0")
-    if differing:
+
+    message = work.told(begin)
+    differing = [] if work.leads else identity.differences(message["identity"], "rank 0")
+    # Those that hold a module together also end together.
+    if work.group.any(bool(differing)):
         raise FastvolError(
-            "all processes of a group have to make the same call, and this one's "
-            + "; its ".join(differing)
+            "all processes of a group have to make the same call, and "
+            + ("this one's " + "; its ".join(differing) if differing else "another one's differs")
         )
-    if message["manifest"] is not None:
+    if plan is not None:
+        return loss0, plan
+    if message["manifest"] is not None and work.group.alone:
         # Another machine may not see it, or have one of its own, which is none of this run's.
         with contextlib.suppress(FileNotFoundError, FastvolError):
             folder = Folder(checkpoint, owner=False)

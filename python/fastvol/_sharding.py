@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,6 +67,11 @@ class Group:
         return self._mesh is None
 
     @property
+    def size(self) -> int:
+        """How many they are."""
+        return 1 if self.alone else int(self._mesh.size())
+
+    @property
     def is_first(self) -> bool:
         """Whether this process stands at the origin of the mesh."""
         return self.alone or not any(self._mesh.get_coordinate())
@@ -76,11 +81,54 @@ class Group:
         own = np.atleast_1d(np.asarray(values, dtype=np.float64))
         if self.alone:
             return own
-        total = torch.from_numpy(own.copy()).to(self._device)
+        result: Float = self._reduced(torch.from_numpy(own.copy())).numpy()
+        return result
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        total = values.to(self._device)
         for dimension in range(self._mesh.ndim):
             torch.distributed.all_reduce(total, group=self._mesh.get_group(dimension))
-        result: Float = total.cpu().numpy()
-        return result
+        return total.cpu()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What each process has, in the order of the mesh, on all of them."""
+        if self.alone:
+            return [data]
+        coordinate, shape = self._mesh.get_coordinate(), self._mesh.shape
+        own = int(np.ravel_multi_index(coordinate, shape))
+        lengths = np.zeros(self.size)
+        lengths[own] = len(data)
+        # Each byte is another one's zero.
+        ends = np.cumsum(self.sum(lengths)).astype(np.int64)
+        everything = torch.zeros(int(ends[-1]), dtype=torch.uint8)
+        starts = ends - np.diff(ends, prepend=0)
+        if data:
+            bits = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            everything[starts[own] : ends[own]] = bits
+        whole = self._reduced(everything).numpy().tobytes()
+        return [whole[a:b] for a, b in zip(starts, ends, strict=True)]
+
+    def told(self, make: Callable[[], bytes]) -> bytes:
+        """What the first process makes, on all of them.
+
+        Raises:
+            FastvolError: it failed; there the failure itself.
+        """
+        if self.alone:
+            return make()
+        failure, data = None, b""
+        if self.is_first:
+            try:
+                data = b"+" + make()
+            except BaseException as error:
+                failure, data = error, f"-{type(error).__name__}: {error}".encode()
+        data = self.gather(data)[0]
+        if failure is not None:
+            raise failure
+        if data.startswith(b"-"):
+            raise FastvolError(f"another process has failed: {data[1:].decode()}")
+        return data[1:]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any of the processes."""
@@ -96,7 +144,7 @@ class Group:
         if self.alone:
             yield from items
             return
-        size = float(self._mesh.size())
+        size = float(self.size)
         iterator = iter(items)
         while True:
             failure: BaseException | None = None
@@ -127,6 +175,14 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``."""
     # A DTensor can only exist where its module has been imported.
     return type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor")
+
+
+def whole_of(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, which all processes bring together where it is sharded."""
+    if not is_sharded(parameter):
+        return parameter.detach()
+    sharded: Any = parameter
+    return gathered(sharded.to_local().detach(), parameter, parameter.shape)
 
 
 def gathered(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:

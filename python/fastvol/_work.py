@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ._processes import Team
+from ._sharding import Group
 from .checkpoints.files import Piece
 from .checkpoints.folder import Folder
 
@@ -38,15 +39,21 @@ class Work:
     Args:
         folder: keeps them; ``None`` keeps nothing.
         on_interrupt: ``"raise"`` or ``"return"``.
-        team: the processes that share the work; ``None`` where this one is alone.
+        team: the processes that share the work; ``None`` where there are none.
+        group: the processes that make every piece together, each with its part of the model.
     """
 
     def __init__(
-        self, folder: Folder | None = None, on_interrupt: str = "raise", team: Team | None = None
+        self,
+        folder: Folder | None = None,
+        on_interrupt: str = "raise",
+        team: Team | None = None,
+        group: Group | None = None,
     ) -> None:
         self.folder = folder
         self.on_interrupt = on_interrupt
         self.team = team
+        self.group = group or Group()
         # PyTorch's, in every thread that computes.
         self.threads: int | None = None
         # For the error that an interrupt ends in.
@@ -59,8 +66,13 @@ class Work:
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks for all: shows progress, calls callbacks."""
-        return self.team is None or self.team.leads
+        """Whether this process speaks for all: shows progress, calls callbacks, has the folder."""
+        return self.group.is_first if self.team is None else self.team.leads
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process takes part."""
+        return self.team is None and self.group.alone
 
     @property
     def kept_in(self) -> str:
@@ -85,13 +97,43 @@ class Work:
 
     def told(self, make: Callable[[], Any]) -> Any:
         """What the leading process makes, JSON-ready, on every process."""
-        if self.team is None:
+        if self.alone:
             return make()
-        if self.team.leads:
+        value = None
+
+        def made() -> bytes:
+            nonlocal value
             value = make()
-            self.team.publish(json.dumps(value).encode())
-            return value
-        return json.loads(self.team.receive())
+            return json.dumps(value).encode()
+
+        data = self._said(made)
+        return value if self.leads else json.loads(data)
+
+    def _said(self, make: Callable[[], bytes]) -> bytes:
+        """What the leading process makes, on every process."""
+        if self.team is None:
+            return self.group.told(make)
+        if not self.team.leads:
+            return self.team.receive()
+        data = make()
+        self.team.publish(data)
+        return data
+
+    def open(self, path: Any) -> None:
+        """Opens the folder, where this process leads.
+
+        Raises:
+            FastvolError: it cannot be had, on every process.
+        """
+
+        def opened() -> bytes:
+            self.folder = Folder(path)
+            return b""
+
+        if not self.group.alone:
+            self.group.told(opened)
+        elif self.leads:
+            opened()
 
     def agreed(self, places: Sequence[str], make: Callable[[], tuple[str, Piece]]) -> Piece:
         """A piece that is made once, whoever asks.
@@ -100,6 +142,8 @@ class Work:
             places: where it may be kept; the first that there is counts.
             make: makes it, and says where it is to be kept.
         """
+        if not self.group.alone:
+            return self._agreed_together(places, make)
         if self.team is not None and not self.team.leads:
             return Piece.from_bytes(self.team.receive())
         piece = self._first(places)
@@ -112,6 +156,27 @@ class Work:
         if self.team is not None:
             self.team.publish(piece.to_bytes())
         return piece
+
+    def _agreed_together(
+        self, places: Sequence[str], make: Callable[[], tuple[str, Piece]]
+    ) -> Piece:
+        def kept() -> bytes:
+            piece = self._first(places)
+            return b"" if piece is None else piece.to_bytes()
+
+        data = self.group.told(kept)
+        if not data:
+            place, piece = make()
+
+            def keep() -> bytes:
+                self._keep(place, piece)
+                if self.folder is not None:
+                    self.folder.flush()
+                return piece.to_bytes()
+
+            # The first one's, should another's differ in the time that it took.
+            data = self.group.told(keep)
+        return Piece.from_bytes(data)
 
     def _first(self, places: Sequence[str]) -> Piece | None:
         if self.folder is not None:
@@ -132,6 +197,8 @@ class Work:
             computes: make one, each on a thread of its own where there are several.
             fits: whether a piece that is kept can be used; else it is made again.
         """
+        if not self.group.alone:
+            return self._together(place, count, computes[0], fits)
         if self.team is None:
             return self._alone(place, count, computes, fits)
         if self.team.leads:
@@ -145,12 +212,34 @@ class Work:
             if piece is not None:
                 yield number, piece
             elif len(computes) == 1:
-                yield number, self._keep(place, number, computes[0](number))
+                yield number, self._keep(_place(place, number), computes[0](number))
             else:
                 missing.append(number)
         waiting = iter(missing)
         for number, piece in self._made(lambda: next(waiting, None), computes):
-            yield number, self._keep(place, number, piece)
+            yield number, self._keep(_place(place, number), piece)
+
+    def _together(self, place: str, count: int, compute: Compute, fits: Fits) -> Numbered:
+        """Every piece by all processes, and kept by the first."""
+        for number in range(count):
+
+            def kept(number: int = number) -> bytes:
+                piece = self._kept(place, number, fits)
+                return b"" if piece is None else piece.to_bytes()
+
+            data = self.group.told(kept)
+            if data:
+                yield number, Piece.from_bytes(data)
+                continue
+            piece = compute(number)
+
+            def keep(number: int = number, piece: Piece = piece) -> bytes:
+                self._keep(_place(place, number), piece)
+                return b""
+
+            # So that a full disk ends all.
+            self.group.told(keep)
+            yield number, piece
 
     def _leading(
         self, team: Team, place: str, count: int, computes: Sequence[Compute], fits: Fits
@@ -182,12 +271,12 @@ class Work:
                         self.folder is not None
                         and not self.folder.file(_place(place, number)).exists()
                     ):
-                        self._keep(place, number, piece)
+                        self._keep(_place(place, number), piece)
                     yield seen(number, piece)
 
         for number, piece in self._made(_claims(team, job, missing), computes):
             outstanding.remove(number)
-            yield seen(number, self._keep(place, number, piece))
+            yield seen(number, self._keep(_place(place, number), piece))
             yield from arrived()
         times = 0
         while outstanding:
@@ -201,7 +290,7 @@ class Work:
         missing = json.loads(team.receive())
         job = team.job()
         for number, piece in self._made(_claims(team, job, missing), computes):
-            self._keep(place, number, piece)
+            self._keep(_place(place, number), piece)
             team.send(job, number, piece.to_bytes())
         yield from _unpacked(team.receive())
 
@@ -211,9 +300,9 @@ class Work:
         piece = self.folder.read(_place(place, number))
         return piece if piece is not None and fits(number, piece) else None
 
-    def _keep(self, place: str, number: int, piece: Piece) -> Piece:
+    def _keep(self, place: str, piece: Piece) -> Piece:
         if self.folder is not None:
-            self.folder.write(_place(place, number), piece)
+            self.folder.write(place, piece)
         return piece
 
     def _made(self, claim: Callable[[], int | None], computes: Sequence[Compute]) -> Numbered:

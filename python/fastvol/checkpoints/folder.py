@@ -29,7 +29,7 @@ from .files import SUFFIX, DamagedError, Piece, Writer, is_aside, read_piece, wr
 from .identity import Identity
 
 FORMAT = "fastvol checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 

@@ -10,22 +10,26 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .._backend import Backend
 from .._layout import ParameterLayout
-from .._objective import PREFIX, Batch, Objective, as_float
+from .._objective import PREFIX, Batch, Objective, as_float, rows_of
+from .._sharding import Group, is_sharded, whole_of
 
 # Of the engines' measurements; see ``fastvol.engines``.
 _PROBE_STREAM = 2
 _PROBES = (1.0, 10.0)
+# Bytes of an example's digest.
+_DIGEST = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def identify(
     """
     data = None
     if objective.module.with_data:
-        data = digest_batches(objective.batches(), targets=not objective.has_own_targets)
+        data = digest_data(objective, layout.group)
     exact = {
         "parameters": layout.describe(),
         **model,
@@ -114,21 +118,44 @@ def digest_model(model: nn.Module) -> dict[str, str]:
     }
 
 
-def digest_batches(batches: Iterable[Batch], *, targets: bool) -> str:
-    """SHA-256 of all that a loss sees.
+def digest_data(objective: Objective, group: Group) -> str:
+    """SHA-256 of the examples that a loss sees, in all processes.
 
-    Args:
-        batches: in order.
-        targets: whether the targets count; not where they were computed.
+    Their mean does not depend on their order, nor on how they are divided into batches and among
+    processes. Targets that were computed do not count.
     """
-    sha = hashlib.sha256()
-    for batch in batches:
-        told = (batch.args, batch.kwargs, batch.target if targets else None, batch.weight)
-        leaves, spec = pytree.tree_flatten(told)
-        sha.update(str(spec).encode())
-        for leaf in leaves:
-            _update(sha, leaf)
-    return sha.hexdigest()
+    own = bytearray()
+    for batch in objective.batches():
+        for digest in _digests(batch, targets=not objective.has_own_targets):
+            own += digest
+    everything = b"".join(group.gather(_distinct(own)))
+    return hashlib.sha256(_distinct(everything)).hexdigest()
+
+
+def _distinct(digests: bytes | bytearray) -> bytes:
+    """Each of some digests once, in order."""
+    words = np.frombuffer(digests, dtype=np.uint64).reshape(-1, _DIGEST // 8)
+    return np.unique(words, axis=0).tobytes()
+
+
+def _digests(batch: Batch, *, targets: bool) -> Iterator[bytes]:
+    """Of each example, or of the whole batch where it is not made of rows."""
+    told = (batch.args, batch.kwargs, batch.target if targets else None)
+    leaves, spec = pytree.tree_flatten(told)
+    common = hashlib.sha256(str(spec).encode())
+    rows = rows_of(batch)
+    tensors = []
+    for leaf in leaves:
+        if rows is None or not isinstance(leaf, Tensor) or leaf.is_sparse:
+            _update(common, leaf)
+        else:
+            common.update(f"{leaf.dtype} {tuple(leaf.shape[1:])}".encode())
+            tensors.append(_bytes_of(leaf).reshape(rows, leaf[0].nbytes))
+    for row in range(rows or 1):
+        sha = common.copy()
+        for tensor in tensors:
+            sha.update(tensor[row])
+        yield sha.digest()[:_DIGEST]
 
 
 def digest_value(value: Any) -> Any:
@@ -209,7 +236,7 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     sha = hashlib.sha256()
     for name, tensor in named:
         sha.update(name.encode())
-        _update(sha, tensor)
+        _update(sha, whole_of(tensor) if is_sharded(tensor) else tensor)
     return sha.hexdigest()
 
 
@@ -224,8 +251,14 @@ def _update(sha: Any, value: Any) -> None:
         for part in (plain.indices(), plain.values()):
             _update(sha, part)
         return
+    sha.update(_bytes_of(plain))
+
+
+def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
     # Through bytes, since NumPy does not know every dtype.
-    sha.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat: npt.NDArray[np.uint8] = plain.numpy()
+    return flat
 
 
 def _brief(value: Any) -> str:

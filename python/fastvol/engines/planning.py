@@ -16,6 +16,7 @@ from .._layout import ParameterLayout
 from .._objective import Objective
 from .._scale import Scale
 from ..errors import FastvolError
+from .blocks import fitting_block, usual_block
 from .general import (
     PROBE_STREAM,
     SINGLE_LANES,
@@ -32,6 +33,8 @@ from .parallel import ParallelEngine
 from .protocol import Engine, Float, Indexed, Int
 
 _LANES_OF_STREAMS = 32
+# A block has so many directions for each lane, at the least, so that few lanes are idle at its end.
+_FULL = 4
 # Losses that a search spends on a direction, about.
 _LOSSES = 4
 # Tracing takes about as long as this many seconds of a run; shorter runs do without.
@@ -146,15 +149,22 @@ def plan_in_place(
     backend: Backend,
     *,
     lanes: int | None,
-    block: int,
+    block: int | None,
     rays: int,
     reason: str,
+    shares: int = 1,
 ) -> Plan:
     """A plan of the in-place engine, of which there is nothing to measure: it takes ray by ray.
 
     More lanes make no ray cheaper, but of data that have to be read: a batch is read once for all.
     """
     most = SINGLE_LANES if objective.in_memory else _LANES_OF_STREAMS
+    if block is None:
+        most = min(lanes or most, usual_block(layout.device))
+        least = 1 if objective.in_memory else most
+        # Besides the loss each evaluation makes the noise, about as long again.
+        seconds = 2 * _LOSSES * objective.seconds
+        block = fitting_block(layout.device, seconds, least=least, rays=rays, shares=shares)
     threads = torch.get_num_threads()
     return Plan(
         engine="inplace",
@@ -178,16 +188,19 @@ def choose_plan(
     backend: Backend,
     *,
     lanes: int | None,
-    block: int,
+    block: int | None,
     radius: float,
     rays: int,
+    shares: int = 1,
 ) -> tuple[Plan, str | None]:
     """The fastest plan found; with ``engine="auto"`` of both engines.
 
     Args:
         engine: ``"auto"``, ``"general"`` or ``"layered"``.
-        objective, layout, scale, backend, lanes, block, radius, rays: as for
+        objective, layout, scale, backend, lanes, radius, rays: as for
             :func:`fastvol.engines.general.measure_plan`.
+        block: directions per block; ``None`` for what suits their price.
+        shares: processes, or devices, that take blocks.
 
     Returns:
         The plan, and why vmap was not possible, if so. PyTorch's thread count is left changed.
@@ -205,25 +218,30 @@ def choose_plan(
             block=block,
             rays=rays,
             reason="the model does not notice that functional_call replaces its parameters",
+            shares=shares,
         ), None
-    plan, trouble = _choose(engine, trial, lanes, block, rays)
+    usual = block or usual_block(layout.device)
+    plan, trouble, seconds = _choose(engine, trial, lanes, usual, rays)
+    if block is None:
+        least = _FULL * plan.lanes
+        block = fitting_block(layout.device, seconds, least=least, rays=rays, shares=shares)
+        plan = replace(plan, block=block)
     warn_of_single_rays(plan, trouble)
     return plan, trouble
 
 
 def _choose(
     engine: str, trial: _Trial, lanes: int | None, block: int, rays: int
-) -> tuple[Plan, str | None]:
+) -> tuple[Plan, str | None, float]:
+    """The plan, why vmap was not possible, and the seconds of a direction."""
     most_threads = torch.get_num_threads()
     general, trouble = measure_plan(
         *trial.setting, lanes=lanes, block=block, radius=trial.radius, rays=rays
     )
-    if engine == "general":
-        return general, trouble
     torch.set_num_threads(general.threads)
     seconds = trial.seconds(trial.general(general))
-    if engine == "auto" and rays * seconds < _SHORT_RUN:
-        return general, trouble
+    if engine == "general" or (engine == "auto" and rays * seconds < _SHORT_RUN):
+        return general, trouble, seconds
     try:
         plan, own = _layered_plan(trial, general, lanes, block, rays, seconds, most_threads)
     except UntraceableError as error:
@@ -231,12 +249,13 @@ def _choose(
             raise ValueError(
                 f"engine='layered' cannot run this model and loss ({error}); engine='auto' can"
             ) from error
-        return replace(general, reason=f"not layered: {error}; {general.reason}"), trouble
+        plan = replace(general, reason=f"not layered: {error}; {general.reason}")
+        return plan, trouble, seconds
     told = f"{own * 1e3:.3g} ms a direction layered, {seconds * 1e3:.3g} ms general"
     if engine == "auto" and own > seconds:
         torch.set_num_threads(general.threads)
-        return replace(general, reason=f"{told}; {general.reason}"), trouble
-    return replace(plan, reason=told), None
+        return replace(general, reason=f"{told}; {general.reason}"), trouble, seconds
+    return replace(plan, reason=told), None, own
 
 
 def _layered_plan(

@@ -124,7 +124,8 @@ class Searcher:
             try:
                 return attempt()
             except Exception as error:
-                if not ran_out(error):
+                # Of a sharded module the others are within this attempt.
+                if not ran_out(error) or not self._problem.work.group.alone:
                     raise
                 self._shrink(error)
 
@@ -246,7 +247,7 @@ def run_threshold(
         try:
             n_loss += _audit(problem, work, searchers, rays, search_loss, threshold)
         except KeyboardInterrupt:
-            if before is None or work.team is not None:
+            if before is None or not work.alone:
                 raise
             work.interrupted = True
             rays = before
@@ -346,7 +347,7 @@ def _search(
     except KeyboardInterrupt:
         whole = len(done) if done.all() else int(np.argmin(done))
         # A process that goes its own way would leave the others waiting.
-        if work.on_interrupt != "return" or not whole or work.team is not None:
+        if work.on_interrupt != "return" or not whole or not work.alone:
             raise
         work.interrupted = True
         pieces.close()
