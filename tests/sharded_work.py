@@ -51,6 +51,16 @@ def start(rank: int, world: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+def run(rank: int, world: int, store: str, folder: str, n: int) -> None:
+    """A run of n directions that is kept in a folder."""
+    torch.set_num_threads(1)
+    distributed = torch.distributed
+    method = f"file://{store}"
+    distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=world)
+    measured(Path(folder), F.cross_entropy, n)
+    distributed.destroy_process_group()
+
+
 def mesh_of(*shape: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharded_work
@@ -15,8 +16,8 @@ from fastvol._sharding import Span, _spans
 _SECONDS = 120
 
 
-@pytest.mark.parametrize("world", sharded_work.CHECKS)
-def test_as_the_whole(world: int, tmp_path: Path) -> None:
+def started(world: int, target: Any, *args: Any) -> list[Any]:
+    """Processes that run ``target(rank, world, *args)``."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("torch.distributed has no gloo here")
@@ -24,12 +25,42 @@ def test_as_the_whole(world: int, tmp_path: Path) -> None:
     # The server imports everything once; the processes are its forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharded_work", "transformers.models.llama.modeling_llama"])
-    processes = [
-        context.Process(target=sharded_work.start, args=(rank, world, str(tmp_path)))
-        for rank in range(world)
-    ]
+    processes = [context.Process(target=target, args=(rank, world, *args)) for rank in range(world)]
     for process in processes:
         process.start()
+    return processes
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_that_is_killed_ends_all(killed: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    processes = started(2, sharded_work.run, str(tmp_path / "first"), str(folder), 10**6)
+    deadline = time.monotonic() + _SECONDS
+    while len(list(folder.glob("threshold-*/blocks/*"))) < 3:
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    processes[killed].kill()
+    other = processes[1 - killed]
+    other.join(60)
+    ended = not other.is_alive()
+    other.kill()
+    assert ended
+    assert other.exitcode not in (0, None)
+    # The others' time was not lost.
+    before = {path.name: path.read_bytes() for path in folder.glob("threshold-*/blocks/*")}
+    n = 2 * len(before) + 2
+    for process in (again := started(2, sharded_work.run, str(tmp_path / "again"), str(folder), n)):
+        process.join(_SECONDS)
+    assert [process.exitcode for process in again] == [0, 0]
+    after = {path.name: path.read_bytes() for path in folder.glob("threshold-*/blocks/*")}
+    assert set(before) < set(after)
+    assert all(after[name] == data for name, data in before.items())
+
+
+@pytest.mark.parametrize("world", sharded_work.CHECKS)
+def test_as_the_whole(world: int, tmp_path: Path) -> None:
+    processes = started(world, sharded_work.start, str(tmp_path))
     deadline = time.monotonic() + _SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

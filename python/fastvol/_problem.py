@@ -38,7 +38,8 @@ class Progress:
     Args:
         n_done, n: directions settled, and asked for; for chains the states of one run, twice.
         threshold: the threshold that is being worked on.
-        log_radii: of the directions settled so far, float64 ``[n_done]``.
+        log_radii: of the directions settled so far, float64 ``[n_done]``; read-only, and a copy has
+            to be made of what is to outlast the callback: the audit may correct it.
         log_volume_metric, stderr: the estimate from them, in metric coordinates, nats; before the
             audit, and without the verdict on its reliability; a run of chains has no error alone.
         seconds: since the run began.

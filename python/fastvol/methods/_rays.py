@@ -25,6 +25,7 @@ from ._decisions import Decision
 from ._screen import Screen
 from ._search import Pilot, RayLoss, scan, settle
 
+Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 # Scans of one pass are divided into about so many groups.
@@ -332,13 +333,12 @@ def _search(
             bar.set_postfix_str(f"{log_volume:.4g} ± {running.stderr:.2g} nats", refresh=False)
             bar.update(stop - first)
             for callback in problem.callbacks:
-                settled = np.repeat(done, block)[:n]
                 callback(
                     Progress(
                         n_done=n_done,
                         n=n,
                         threshold=threshold,
-                        log_radii=rays.log_radii[settled],
+                        log_radii=_settled(rays.log_radii, done, block),
                         log_volume_metric=log_volume,
                         stderr=running.stderr,
                         seconds=time.perf_counter() - problem.began,
@@ -353,6 +353,19 @@ def _search(
         pieces.close()
         return n_loss, min(whole * block, n)
     return n_loss, None
+
+
+def _settled(log_radii: Float, done: npt.NDArray[np.bool_], block: int) -> Float:
+    """Those of the blocks that are done."""
+    count = int(np.count_nonzero(done))
+    if done[:count].all():
+        # In order, as they nearly always come: copies, one for each block of a long run, would take
+        # longer than the run.
+        settled = log_radii[: count * block]
+    else:
+        settled = log_radii[np.repeat(done, block)[: len(log_radii)]]
+    settled.flags.writeable = False
+    return settled
 
 
 def _audit(
