@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastvol import _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import PREFIX, Objective
 from fastvol._reference import noise
-from fastvol.engines import Dense, GeneralEngine, Indexed, Plan
+from fastvol.engines import Dense, GeneralEngine, Indexed, Plan, blocks
 from fastvol.metrics import FilterMetric
 
 SEED = 11
@@ -496,3 +497,51 @@ def test_another_default_device() -> None:
         with torch.device("meta"):
             moved = fastvol.estimate(model, F.mse_loss, metric=metric, **options)
         assert np.array_equal(plain.log_radii, moved.log_radii)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "rays", "shares", "block"),
+    [
+        (1e-3, 16, 10**6, 1, 1024),
+        # Half a minute is what a kill may cost.
+        (0.1, 16, 10**6, 1, 256),
+        (10.0, 1, 10**6, 1, 2),
+        (1e3, 1, 10**6, 1, 1),
+        # But not for lanes that stand idle.
+        (10.0, 12, 10**6, 1, 16),
+        (10.0, 10**5, 10**6, 1, 1024),
+        # What takes no time is kept more seldom.
+        (1e-4, 16, 10**6, 1, 2048),
+        (1e-9, 16, 10**6, 1, 4096),
+        # Every process has a share.
+        (0.05, 16, 1000, 4, 16),
+        (0.05, 1, 100, 4, 8),
+        (1e-4, 16, 1000, 4, 2048),
+    ],
+)
+def test_how_many_directions_make_a_block(
+    seconds: float, least: int, rays: int, shares: int, block: int
+) -> None:
+    found = blocks.fitting_block(
+        torch.device("cpu"), seconds, least=least, rays=rays, shares=shares
+    )
+    assert found == block
+
+
+@pytest.mark.parametrize("engine", ["auto", "inplace"])
+def test_dear_directions_come_in_small_blocks(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_LONGEST", 0.05)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return F.mse_loss(output, target)
+
+    seen: list[fastvol.Progress] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastvol.FastvolWarning)
+        result = fastvol.estimate(
+            network(), loss_fn, n=40, data=examples(), method="radial", engine=engine,
+            lanes=4, callbacks=[seen.append],
+        )  # fmt: skip
+    assert result.plan["block"] <= 16
+    assert len(seen) == math.ceil(40 / result.plan["block"])

@@ -256,9 +256,12 @@ def test_conv_and_batchnorm_models_run() -> None:
 
 def test_callbacks_and_progress() -> None:
     seen: list[fastvol.Progress] = []
-    fastvol.estimate(Bowl(), bowl_loss, n=2500, threshold=1.0, callbacks=[seen.append])
-    assert [p.n_done for p in seen] == [1024, 2048, 2500]
-    assert all(len(p.log_radii) == p.n_done for p in seen)
+    result = fastvol.estimate(Bowl(), bowl_loss, n=9000, threshold=1.0, callbacks=[seen.append])
+    block = result.plan["block"]
+    assert [p.n_done for p in seen] == [*range(block, 9000, block), 9000]
+    for p in seen:
+        np.testing.assert_array_equal(p.log_radii, result.log_radii[: p.n_done])
+        assert not p.log_radii.flags.writeable
 
 
 def test_without_the_extension_the_reference_serves_with_one_warning(

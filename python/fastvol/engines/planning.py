@@ -238,9 +238,12 @@ def _choose(
     general, trouble = measure_plan(
         *trial.setting, lanes=lanes, block=block, radius=trial.radius, rays=rays
     )
+    if engine == "general":
+        # There is nothing to compare it with: about will do.
+        return general, trouble, _LOSSES * trial.objective.seconds
     torch.set_num_threads(general.threads)
     seconds = trial.seconds(trial.general(general))
-    if engine == "general" or (engine == "auto" and rays * seconds < _SHORT_RUN):
+    if engine == "auto" and rays * seconds < _SHORT_RUN:
         return general, trouble, seconds
     try:
         plan, own = _layered_plan(trial, general, lanes, block, rays, seconds, most_threads)
