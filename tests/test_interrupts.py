@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -101,8 +102,10 @@ def test_a_partial_estimate(number: int, regression: Problem, tmp_path: Path) ->
     options: dict[str, Any] = {
         "loss_fn": loss, "callbacks": [loss.settled], "on_interrupt": "return",
     }  # fmt: skip
-    with pytest.warns(FastvolWarning, match="first 48 of 100 directions"):
+    with pytest.warns(FastvolWarning, match="first 48 of 100 directions") as caught:
         partial = call(regression, checkpoint=tmp_path, **options)
+    # It points at the caller's own line.
+    assert caught[0].filename == __file__
     expected = call(regression, n=48)
     assert partial.n == partial.config["n"] == 48
     np.testing.assert_array_equal(partial.log_radii, expected.log_radii)
@@ -163,22 +166,48 @@ def test_an_interrupt_within_the_audit(
         call(regression)
 
 
-def test_chains_have_no_partial_estimate(tmp_path: Path) -> None:
-    body, calls = bodies.ellipsoid(6, 100.0), 0
+def chains(folder: Path | None, interrupted_after: int | None) -> fastvol.PathEstimate:
+    """Two runs of chains, and a short one; an interrupt soon after one of the three."""
+    body, calls, runs = bodies.ellipsoid(6, 100.0), 0, 0
 
     def loss(model: nn.Module) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == 600:
+        if runs == interrupted_after and calls == 100:
             raise KeyboardInterrupt
         return bodies.loss(model)
 
-    plan = {**PLAN, "chunk": 1}
+    def count(progress: fastvol.Progress) -> None:
+        nonlocal calls, runs
+        del progress
+        calls, runs = 0, runs + 1
+
+    result = fastvol.estimate(
+        body.model(), loss, n=300, threshold=1.0, method="annealed", plan={**PLAN, "chunk": 1},
+        on_interrupt="return", checkpoint=folder, callbacks=[count], progress=False,
+    )  # fmt: skip
+    assert isinstance(result, fastvol.PathEstimate)
+    return result
+
+
+def test_without_a_run_of_chains_there_is_no_estimate(tmp_path: Path) -> None:
     with pytest.raises(fastvol.Interrupted, match=r"of 3 runs of chains, from which no estimate"):
-        fastvol.estimate(
-            body.model(), loss, n=300, threshold=1.0, method="annealed", plan=plan,
-            on_interrupt="return", checkpoint=tmp_path,
-        )  # fmt: skip
+        chains(tmp_path, 1)
+
+
+def test_the_estimate_of_the_runs_of_chains_that_are_done(tmp_path: Path) -> None:
+    whole = chains(None, None)
+    with pytest.warns(FastvolWarning, match="from 1 of 2 runs"):
+        partial = chains(tmp_path / "run", 2)
+    assert partial.config["replicates"] == 1
+    assert any("from 1 of 2 runs" in remark for remark in partial.warnings)
+    np.testing.assert_array_equal(partial.log_radii, whole.log_radii[: partial.n])
+    assert partial.n < whole.n
+    error = math.hypot(partial.stderr, whole.stderr)
+    assert abs(partial.log_volume - whole.log_volume) < 3.0 * error
+    partial.save(tmp_path / "partial.safetensors")
+    # The folder still continues.
+    np.testing.assert_array_equal(chains(tmp_path / "run", None).log_radii, whole.log_radii)
 
 
 def test_a_handler_of_the_callers_own_is_left_alone(regression: Problem) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .errors import FastvolWarning, NotAvailableError
+from .errors import NotAvailableError, warn
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -109,11 +108,9 @@ def _import_core() -> ModuleType | None:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(
+    warn(
         "fastvol runs without its compiled extension: the same numbers, slower. To have it, "
         + BUILD_HINT,
-        FastvolWarning,
-        stacklevel=4,
     )
 
 

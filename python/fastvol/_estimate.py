@@ -184,8 +184,8 @@ def estimate(  # type: ignore[misc]
             ``rtol``. Chains go on from their last level; with another n they are other runs. A
             folder of another model, loss, data, metric or seed is refused.
         on_interrupt: ``"return"`` gives, after Ctrl-C or SIGTERM, the estimate from the directions
-            settled so far, with a warning; ``"raise"`` an :class:`Interrupted`. Chains have no
-            partial estimate, and raise.
+            settled so far, or from the runs of chains that are done, with a warning; ``"raise"`` an
+            :class:`Interrupted`, as do runs on several processes, and where there is nothing yet.
         distributed: share the work with the other processes of a process group, or of ``torchrun``,
             which all have to make the same call; ``False`` where one of them calls alone.
         progress: show a progress bar on a terminal.

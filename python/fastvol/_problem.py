@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from ._objective import Objective
 from ._scale import Scale
 from ._work import Work
 from .engines import Engine, Plan, open_engine
-from .errors import FastvolWarning
+from .errors import warn
 from .measures import Gaussian, Lebesgue
 
 Result = TypeVar("Result")
@@ -131,10 +130,8 @@ class Problem:
             if self.work.interrupted:
                 break
         if len(results) < len(self.thresholds):
-            warnings.warn(
+            warn(
                 f"interrupted: {len(results)} of {len(self.thresholds)} thresholds have a result",
-                FastvolWarning,
-                stacklevel=4,
             )
         return results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from ._running import read_plan
 from ._work import Work
 from .checkpoints import Folder, Identity
 from .engines import Plan
-from .errors import FastvolError, FastvolWarning
+from .errors import FastvolError, warn
 
 
 def plan_of_folder(
@@ -45,11 +44,9 @@ def plan_of_folder(
             return None, chosen
         plan = read_plan(told, chosen, layout, None)
     except (LookupError, ValueError) as error:
-        warnings.warn(
+        warn(
             f"checkpoint: the folder's plan cannot be carried out here ({error}); another one is "
             "measured, and radii agree within rtol",
-            FastvolWarning,
-            stacklevel=3,
         )
         return None, _backend.select(backend)
     if lanes is not None and lanes != plan.lanes:

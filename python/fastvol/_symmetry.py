@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._layout import ParameterLayout, ParameterSelector
 from ._state import preserved, unwrap
-from .errors import FastvolError, FastvolWarning
+from .errors import FastvolError, warn
 
 # f(2p − z) = 2q − f(z) for all z.
 Point = tuple[float, float]
@@ -159,14 +158,12 @@ def symmetry_log_count(
             walk.take(step)
         walk.finish()
     if walk.linear:
-        warnings.warn(
+        warn(
             "symmetry_log_count: no nonlinearity acts on single units between "
             f"{' and '.join(map(repr, walk.linear[0]))}, so that they mix continuously without a "
             "change of the function; their permutations and sign flips are counted, as a lower "
             "bound"
             + (f" (and at {len(walk.linear) - 1} more places)" if len(walk.linear) > 1 else ""),
-            FastvolWarning,
-            stacklevel=2,
         )
     return SymmetryLogCount(walk.result())
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class FastvolError(Exception):
     """An input or a run that cannot give an answer; the message names the argument to change."""
@@ -30,3 +34,16 @@ class Interrupted(KeyboardInterrupt):
         self.n_done = n_done
         self.n = n
         self.checkpoint = checkpoint
+
+
+def warn(text: str) -> None:
+    """Gives a :class:`FastvolWarning` at the line of the caller's own code that led here."""
+    package = __name__.partition(".")[0]
+    frame: FrameType | None = sys._getframe()
+    level = outermost = 1
+    while frame is not None:
+        # Between two of this package's there may be some of PyTorch's.
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+            outermost = level
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, FastvolWarning, stacklevel=outermost + 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from ._layout import ParameterLayout
 from ._scale import SPAN, Scale
 from ._sharding import gathered, is_sharded
-from .errors import FastvolWarning
+from .errors import warn
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,8 @@ class FilterMetric:
                 "nothing is left to move"
             )
         if dropped:
-            warnings.warn(
+            warn(
                 f"metric: rows with norm 0 do not move and are left out of d: {', '.join(dropped)}",
-                FastvolWarning,
-                stacklevel=5,
             )
         return scale
 

@@ -17,14 +17,13 @@ import fcntl
 import hashlib
 import json
 import os
-import warnings
 import weakref
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import FastvolError, FastvolWarning
+from ..errors import FastvolError, warn
 from .files import SUFFIX, DamagedError, Piece, Writer, is_aside, read_piece, write_bytes
 from .identity import Identity
 
@@ -135,10 +134,8 @@ class Folder:
         except FileNotFoundError:
             return None
         except DamagedError as error:
-            warnings.warn(
+            warn(
                 f"checkpoint: {path} is damaged ({error}); it is made again",
-                FastvolWarning,
-                stacklevel=2,
             )
             return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import PREFIX, Batch, Objective, as_float
 from .._precision import products
-from ..errors import FastvolError, FastvolWarning
+from ..errors import FastvolError, warn
 from .memory import chunk_bytes, rows_bytes, to_device
 from .protocol import (
     Capabilities,
@@ -672,10 +671,8 @@ def measure_plan(
 def warn_of_single_rays(plan: Plan, trouble: str | None) -> None:
     """Warns where the general engine has to take one ray at a time."""
     if trouble is not None and plan.engine == "general" and plan.chunk == 1:
-        warnings.warn(
+        warn(
             f"rays are evaluated one at a time: vmap cannot run this model and loss ({trouble})",
-            FastvolWarning,
-            stacklevel=4,
         )
 
 

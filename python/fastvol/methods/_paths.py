@@ -19,6 +19,7 @@ from .._problem import Problem, Progress
 from .._proposal import Proposal
 from ..checkpoints.files import Piece
 from ..engines import Engine
+from ..errors import warn
 from ..result import Rays, VolumeEstimate
 from ..sampling.field import Level, RayField, log_weight
 from ..sampling.learning import learn
@@ -390,12 +391,21 @@ def run_paths(
 
         return piece(index, make)
 
-    pieces: list[Piece] = [Piece()] * replicates
-    runs: list[Run] = [short] * replicates
-    for count, (index, made) in enumerate(work.pieces(f"{place}/main", replicates, [main_run])):
-        pieces[index], runs[index] = made, received(made)
-        work.note(2 + count, total_runs, "runs of chains")
-        work.forget(f"{place}/level-{2 + index:02d}")
+    done: dict[int, tuple[Piece, Run]] = {}
+    try:
+        for index, made in work.pieces(f"{place}/main", replicates, [main_run]):
+            done[index] = made, received(made)
+            work.note(1 + len(done), total_runs, "runs of chains")
+            work.forget(f"{place}/level-{2 + index:02d}")
+    except KeyboardInterrupt:
+        # The first one comes first where this process is alone.
+        if work.on_interrupt != "return" or not done or not work.alone:
+            raise
+        work.interrupted = True
+        told = f"interrupted: from {len(done)} of {replicates} runs"
+        warn(told)
+        remarks = [*remarks, told]
+    pieces, runs = map(list, zip(*(done[index] for index in sorted(done)), strict=True))
     now = time.perf_counter()
     pilot = lab.pilot(law)[0]
     config = {
@@ -404,7 +414,7 @@ def run_paths(
         "method": method,
         "pilot": pilot.describe(),
         "preconditioner": [made.info["law"] for made in pieces],
-        "replicates": replicates,
+        "replicates": len(runs),
     }
     provenance = {
         **problem.provenance,

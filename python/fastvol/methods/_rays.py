@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from .._proposal import Proposal
 from .._work import Work, section
 from ..checkpoints.files import Piece
 from ..engines import Engine
-from ..errors import FastvolWarning
+from ..errors import warn
 from ..result import Rays, VolumeEstimate, assemble
 from ._audit import audit
 from ._decisions import Decision
@@ -235,7 +234,7 @@ def run_threshold(
             f"interrupted: these are the first {interrupted} of {problem.n} directions, audited "
             "for earlier crossings no more than it takes"
         )
-        warnings.warn(notes[-1], FastvolWarning, stacklevel=5)
+        warn(notes[-1])
         config = {**problem.config, "n": interrupted}
         problem = replace(problem, n=interrupted, config=config)
     search_loss = n_loss
@@ -253,7 +252,7 @@ def run_threshold(
             work.interrupted = True
             rays = before
             notes.append("interrupted: audited for earlier crossings no more than it takes")
-            warnings.warn(notes[-1], FastvolWarning, stacklevel=5)
+            warn(notes[-1])
             n_loss += _audit(problem, Work(), searchers, rays, 0, threshold)
 
     now = time.perf_counter()

@@ -8,7 +8,6 @@ great-circle slices where the loss has no gradient.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from .._path_estimate import final_log_scale
 from .._problem import Problem
 from .._proposal import Proposal
 from ..engines import Engine
-from ..errors import FastvolWarning
+from ..errors import warn
 from ..result import VolumeEstimate
 from ..sampling.learning import perturbed
 from ..sampling.moves import CrankNicolson, GreatCircleSlice, Hamiltonian, Move, Switching
@@ -60,7 +59,7 @@ def choose_annealing(
             f"the loss has no gradient to go by ({trouble}): moves are great-circle slices, about "
             "ten times as expensive"
         )
-        warnings.warn(f"loss_fn: {notes[-1]}", FastvolWarning, stacklevel=5)
+        warn(f"loss_fn: {notes[-1]}")
     law = start if lab.problem.preconditioner is None else lab.improve(start, 32, 0)
     return decision_for_chains(lab, "annealed", law, tuple(notes), start)
 

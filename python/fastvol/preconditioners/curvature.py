@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._layout import ParameterLayout
 from .._objective import PREFIX, Objective
 from .._state import preserved, unwrap
-from ..errors import FastvolError, FastvolWarning
+from ..errors import FastvolError, warn
 from .products import NO_GRADIENTS_NEEDED, Kind, Products, Via
 from .quadratic import (
     Curvature,
@@ -129,7 +129,7 @@ def diagonal(
             _refuse_zero(objective, layout, scale, "diagonal")
     n_negative = int((h < -torch.maximum(_CERTAIN * error, 1e-8 * h.abs().max())).sum())
     if n_negative:
-        _warn(
+        warn(
             f"preconditioner='diagonal': {n_negative} of the {len(h)} diagonal entries of the "
             "Hessian are negative: the model does not stand at a minimum; absolute values are used"
         )
@@ -399,7 +399,7 @@ def _exact(
     asymmetry = float((H - H.T).norm()) / size if size > 0 else 0.0
     resolution = _resolution(layout)
     if asymmetry > max(_ASYMMETRY, resolution):
-        _warn(
+        warn(
             f"preconditioner={kind!r}: the matrix of second derivatives is not symmetric (relative "
             f"{asymmetry:.2g}): a backward pass of the model is wrong or too coarse; its symmetric "
             "part is used"
@@ -535,12 +535,8 @@ def _resolution(layout: ParameterLayout) -> float:
 
 def _warn_indefinite(curvature: Curvature, name: str, known: int) -> None:
     if curvature.n_negative:
-        _warn(
+        warn(
             f"preconditioner={name!r}: the curvature at the model's parameters has "
             f"{curvature.n_negative} negative among {known} eigenvalues: the model does not stand "
             "at a minimum; absolute values are used"
         )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FastvolWarning, stacklevel=4)
