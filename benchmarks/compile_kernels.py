@@ -257,16 +257,17 @@ def calls() -> dict[str, Callable[[], object]]:
     bf16, double = torch.bfloat16, torch.float64
     found: dict[str, Callable[[], object]] = {}
 
-    def noise_form(name: str, dtype: torch.dtype, size: int, scaled: bool) -> None:
+    def noise_form(name: str, dtype: torch.dtype, size: int, scales: int) -> None:
         rows, vector = _tensor(k, size, dtype=dtype), _tensor(size, dtype=dtype)
-        scale = vector if scaled else None
+        scale = _tensor(scales, dtype=dtype) if scales else None
         found[f"perturb {name}"] = lambda: kernels.perturb(rows, vector, c, 5, 0, ids, scale=scale)
 
-    noise_form("float32", torch.float32, d, False)
-    noise_form("float32 scaled", torch.float32, d, True)
-    noise_form("float32 aligned", torch.float32, d + 6, False)
-    noise_form("bfloat16 aligned", bf16, d + 6, False)
-    noise_form("float64", double, d, False)
+    noise_form("float32", torch.float32, d, 0)
+    noise_form("float32 scaled", torch.float32, d, d)
+    noise_form("float32 aligned", torch.float32, d + 6, 0)
+    noise_form("float32 aligned, a scale a row", torch.float32, d + 6, 276)
+    noise_form("bfloat16 aligned", bf16, d + 6, 0)
+    noise_form("float64", double, d, 0)
     found["normals float32"] = lambda: kernels.write_normals(_tensor(k, d + 6), 5, 0, ids)
     found["reductions"] = lambda: kernels.direction_reductions(d, 5, 0, ids, device="meta")
     found["reductions with a projection"] = lambda: kernels.direction_reductions(

@@ -144,6 +144,8 @@ def _torch_backend() -> Backend:
 
 @functools.cache
 def _cpp_backend(core: Any) -> Backend:
+    from ._reference import noise
+
     reference = _torch_backend()
 
     def on_cpu(out: Tensor) -> bool:
@@ -212,6 +214,8 @@ def _cpp_backend(core: Any) -> Backend:
                 first=first,
             )
             return
+        if scale is not None and scale.numel() != theta0.numel():
+            scale = scale.repeat_interleave(noise.width_of(scale, theta0.numel()))
         core.perturb(
             out.numpy(),
             theta0.numpy(),
@@ -364,7 +368,7 @@ def _triton_backend(fallback: Backend) -> Backend:
         name="triton",
         normals=normals,
         write_normals=write_normals,
-        perturb=chosen("perturb", exact),
+        perturb=chosen("perturb", losses.DTYPES),
         ray_losses=ray_losses,
         threshold_step=step,
         direction_reductions=reductions,
