@@ -39,6 +39,7 @@ class Backend:
     perturb: Callable[..., None]
     ray_losses: Callable[..., tuple[Float, Bool]]
     threshold_step: Callable[..., None]
+    refill: Callable[..., Tensor]
     direction_reductions: Callable[..., tuple[Tensor, Tensor]]
     direction_linear: Callable[..., Tensor]
     direction_conv2d: Callable[..., Tensor]
@@ -119,7 +120,16 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import accumulate, losses, noise, perturbed, radial, search, threshold_step
+    from ._reference import (
+        accumulate,
+        losses,
+        noise,
+        perturbed,
+        radial,
+        refill,
+        search,
+        threshold_step,
+    )
 
     return Backend(
         name="torch",
@@ -128,6 +138,7 @@ def _torch_backend() -> Backend:
         perturb=noise.perturb,
         ray_losses=losses.ray_losses,
         threshold_step=threshold_step.threshold_step,
+        refill=refill.refill,
         direction_reductions=noise.direction_reductions,
         direction_linear=perturbed.direction_linear,
         direction_conv2d=perturbed.direction_conv2d,
@@ -289,7 +300,7 @@ def _triton_trouble(device: torch.device | None) -> str | None:
 @functools.cache
 def _triton_backend(fallback: Backend) -> Backend:
     from . import kernels
-    from .kernels import losses, threshold_step
+    from .kernels import losses, refill, threshold_step
     from .kernels.launch import interpreted as is_interpreted
 
     interpreted = is_interpreted(losses.sum_kernel)
@@ -371,6 +382,7 @@ def _triton_backend(fallback: Backend) -> Backend:
         perturb=chosen("perturb", losses.DTYPES),
         ray_losses=ray_losses,
         threshold_step=step,
+        refill=refill.refill,
         direction_reductions=reductions,
         direction_linear=layer("direction_linear"),
         direction_conv2d=layer("direction_conv2d"),
