@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -34,7 +35,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvol import kernels
-from fastvol.kernels import linear, noise, pointwise
+from fastvol._reference.refill import Found
+from fastvol._reference.search_step import SearchState
+from fastvol.kernels import linear, losses, noise, pointwise, refill, threshold_step
 
 # H200: multiprocessors, clock in GHz.
 PROCESSORS, CLOCK = 132, 1.98
@@ -93,21 +96,19 @@ class Compiled:
         return sum(n for name, n in self.instructions.items() if name != "NOP")
 
 
-def recorded(call: Callable[[], object], capability: int) -> Launch:
-    """The launch that a call would make on such a GPU; its tensors have no memory."""
+def recorded(call: Callable[[], object], capability: int) -> list[Launch]:
+    """The launches that a call would make on such a GPU; its tensors have no memory."""
     found: list[Launch] = []
 
     def record(kernel: Any, grid: Any, arguments: Mapping[str, Any], **options: Any) -> None:
         found.append(Launch(kernel, dict(arguments), options["fixed"]))
 
-    with (
-        patch.object(noise, "launch", record),
-        patch.object(linear, "launch", record),
-        patch.object(pointwise, "launch", record),
-        patch.object(linear, "_capability", lambda _: capability),
-    ):
+    with ExitStack() as patches:
+        for module in (noise, linear, pointwise, losses, threshold_step, refill):
+            patches.enter_context(patch.object(module, "launch", record))
+        patches.enter_context(patch.object(linear, "_capability", lambda _: capability))
         call()
-    return found[-1]
+    return found
 
 
 _POINTERS = {
@@ -116,11 +117,12 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 
 
-def compiled(launch: Launch, capability: int, sass: Path | None = None) -> Compiled:
-    """Compiles as the launch would: with the same types, and knowing the same about alignment."""
+def source_of(launch: Launch) -> ASTSource:
+    """What the launch would compile: the same types, and the same knowledge of alignment."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -134,15 +136,24 @@ def compiled(launch: Launch, capability: int, sass: Path | None = None) -> Compi
             continue
         if isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
-            multiple = True
+            multiple = not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            multiple = False
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             multiple = free and value % 16 == 0
         if multiple:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compiled(launch: Launch, capability: int, sass: Path | None = None) -> Compiled:
+    """What becomes of a launch."""
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    result = triton.compile(
+        source_of(launch), target=GPUTarget("cuda", capability, 32), options=options
+    )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(result.asm["cubin"])
@@ -257,16 +268,17 @@ def calls() -> dict[str, Callable[[], object]]:
     bf16, double = torch.bfloat16, torch.float64
     found: dict[str, Callable[[], object]] = {}
 
-    def noise_form(name: str, dtype: torch.dtype, size: int, scaled: bool) -> None:
+    def noise_form(name: str, dtype: torch.dtype, size: int, scales: int) -> None:
         rows, vector = _tensor(k, size, dtype=dtype), _tensor(size, dtype=dtype)
-        scale = vector if scaled else None
+        scale = _tensor(scales, dtype=dtype) if scales else None
         found[f"perturb {name}"] = lambda: kernels.perturb(rows, vector, c, 5, 0, ids, scale=scale)
 
-    noise_form("float32", torch.float32, d, False)
-    noise_form("float32 scaled", torch.float32, d, True)
-    noise_form("float32 aligned", torch.float32, d + 6, False)
-    noise_form("bfloat16 aligned", bf16, d + 6, False)
-    noise_form("float64", double, d, False)
+    noise_form("float32", torch.float32, d, 0)
+    noise_form("float32 scaled", torch.float32, d, d)
+    noise_form("float32 aligned", torch.float32, d + 6, 0)
+    noise_form("float32 aligned, a scale a row", torch.float32, d + 6, 276)
+    noise_form("bfloat16 aligned", bf16, d + 6, 0)
+    noise_form("float64", double, d, 0)
     found["normals float32"] = lambda: kernels.write_normals(_tensor(k, d + 6), 5, 0, ids)
     found["reductions"] = lambda: kernels.direction_reductions(d, 5, 0, ids, device="meta")
     found["reductions with a projection"] = lambda: kernels.direction_reductions(
@@ -381,14 +393,40 @@ def calls() -> dict[str, Callable[[], object]]:
             activation=activation,
             dtype=dtype,
         )
-    found["filters of perturbed_conv2d"] = lambda: linear._staged(
-        _tensor(32, 16, 3, 3),
-        torch.Size((32, 16, 3, 3)),
-        c,
-        torch.empty(k, dtype=torch.int64, device="meta"),
-        linear._Directions(5, 0, ids, False, 160, 4768, None, None),
-        None,
-    )
+    found |= _calls_of_a_round()
+    return found
+
+
+def _calls_of_a_round() -> dict[str, Callable[[], object]]:
+    """From the outputs of a network to the next radii, and new items for the lanes."""
+    found: dict[str, Callable[[], object]] = {}
+    lanes = 512
+    state, results = SearchState.empty(lanes, "meta"), Found.empty(1_000_000, "meta")
+
+    def step(name: str, shape: tuple[int, ...], dtype: torch.dtype, target: Tensor | None) -> None:
+        kind = name.split()[0]
+        found[f"threshold_step {name} {str(dtype)[6:]}"] = partial(
+            threshold_step.threshold_step,
+            SearchState.empty(shape[0], "meta"),
+            _tensor(*shape, dtype=dtype),
+            target,
+            kind=kind,
+            scale=1 / 600,
+        )
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        labels = _tensor(600, dtype=torch.int64)
+        step("cross_entropy 512x600x10", (lanes, 600, 10), dtype, labels)
+        for kind in ("mse", "bce_with_logits"):
+            step(f"{kind} 512x6000", (lanes, 6000), dtype, _tensor(6000, dtype=dtype))
+    step("cross_entropy 4x2048x50257", (4, 2048, 50257), torch.bfloat16, _tensor(2048).long())
+    step("cross_entropy 16x60000x10", (16, 60000, 10), torch.float32, _tensor(60000).long())
+    step("mse 4x1000000", (4, 1_000_000), torch.float32, _tensor(1_000_000))
+    step("given 512x1", (lanes, 1), torch.float32, None)
+    for name, scan in (("search", False), ("scan", True)):
+        found[f"refill for a {name}"] = partial(
+            refill.refill, state, results, _tensor(999_999).double(), 4096, 300, scan=scan
+        )
     return found
 
 
@@ -399,14 +437,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args(arguments)
     spilling = []
-    print(f"{'kernel':45} registers spilled   shared instructions  in loop")
+    print(f"{'kernel':62} registers spilled   shared instructions  in loop")
     found = {name: call for name, call in calls().items() if options.only in name}
-    for name, call in found.items():
+    seen = set()
+    for name, launch in (
+        (name, launch)
+        for name, call in found.items()
+        for launch in recorded(call, options.capability)
+    ):
+        # Calls share kernels.
+        key = source_of(launch).hash() + str(launch.config)
+        if key in seen:
+            continue
+        seen.add(key)
+        name = f"{name}: {launch.kernel.__name__.removesuffix('_kernel')}"
         file = None
         if options.sass is not None:
             options.sass.mkdir(parents=True, exist_ok=True)
-            file = options.sass / (name.replace(" ", "_") + ".sass")
-        result = compiled(recorded(call, options.capability), options.capability, file)
+            file = options.sass / (re.sub(r"[^\w.]+", "_", name) + ".sass")
+        result = compiled(launch, options.capability, file)
         matrix = {
             key: n
             for key, n in result.instructions.items()
@@ -414,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         uses = " ".join(f"{n} {key}" for key, n in sorted(matrix.items()))
         print(
-            f"{name:45} {result.registers:9} {result.spilled:7} {result.shared:8} "
+            f"{name:62} {result.registers:9} {result.spilled:7} {result.shared:8} "
             f"{result.total:12} {sum(result.shortest.values()):8}  {uses}",
             flush=True,
         )
@@ -431,7 +480,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "reductions with a projection",
     ):
         if name in found:
-            by_unit = per_normal(recorded(found[name], options.capability), options.capability)
+            (launch,) = recorded(found[name], options.capability)
+            by_unit = per_normal(launch, options.capability)
             total = sum(by_unit.values())
             counts = "".join(f"{by_unit[unit]:10.2f}" for unit in (*UNITS, "other"))
             slots = {unit: by_unit[unit] * 128 / rate for unit, (rate, _) in UNITS.items()}

@@ -13,7 +13,12 @@ from torch import Tensor
 # A normal against its float64 definition, by the dtype it is computed in.
 NORMAL = {torch.float32: 1e-5, torch.float64: 1e-14}
 # One unit in the last place of a result that is rounded to a dtype.
-ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float64: 2**-52}
+ROUNDING = {
+    torch.float32: 2**-23,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+    torch.float64: 2**-52,
+}
 # Each of the two operands of a product of matrices, which a matrix unit may cut off at the last
 # place that it knows; and sums that it may round downwards.
 PRODUCT = {

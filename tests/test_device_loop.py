@@ -15,17 +15,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvol
 from fastvol import FastvolError, Gaussian, Lebesgue, NotAvailableError, _backend
 from fastvol._layout import ParameterLayout
 from fastvol._objective import Objective
 from fastvol._precision import products
-from fastvol._reference.search_step import Number, Rule, SearchState
+from fastvol._reference.refill import Found, refill
+from fastvol._reference.search_step import Mark, Number, Phase, Rule, SearchState
 from fastvol._reference.threshold_step import threshold_step
 from fastvol.engines import GeneralEngine, Indexed, Plan
 from fastvol.engines.layered import LayeredEngine
 from fastvol.engines.rounds import Pools, Rounds
+from fastvol.methods import _device_loop
 
 pytest.importorskip("triton")
 
@@ -292,14 +295,16 @@ def test_no_memory_for_one_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 # Engines
 
 
-def opened(kind: type[GeneralEngine], model: nn.Module, data: Any, **changes: Any) -> GeneralEngine:
+def opened(
+    kind: type[GeneralEngine], model: nn.Module, data: Any, *, backend: str = "cpp", **changes: Any
+) -> GeneralEngine:
     layout = ParameterLayout(model)
     objective = Objective(model, F.cross_entropy, data, layout.device)
     name = "general" if kind is GeneralEngine else "layered"
     plan = Plan(name, 2, 5, True, "float32", 1, 1, "cpp", cached=True)
     plan = Plan(**{**plan.describe(), **changes})
     scale = torch.rand(layout.size, dtype=torch.float64) + 0.5
-    return kind(objective, layout, scale, plan, _backend.select("cpp"))
+    return kind(objective, layout, scale, plan, _backend.select(backend))
 
 
 def summed(engine: GeneralEngine, radii: Tensor, lanes: slice) -> Tensor:
@@ -411,15 +416,124 @@ def test_a_round_tells_how_many_lanes_have_settled() -> None:
     engine = opened(GeneralEngine, model, labelled(model, 9, 6))
     ids = np.arange(5)
     engine.load(ids, Indexed(3, ids))
-    rounds = Rounds(engine, slice(1, 5), threshold_step)
-    # Two lanes at work; the cap is the start, so that inside is unbounded at once.
+    rounds = Rounds(engine, slice(1, 5), threshold_step, refill)
+    # The cap is the start, so that inside is unbounded at once.
     settings = {Rule.THRESHOLD: 1e9, Rule.LIMIT: 1e9, Rule.MAX_EVALUATIONS: 99, Rule.XTOL: 1e-3}
-    rounds.state.keep_rules({**dict.fromkeys(Rule, 1.0), Rule.LOG_CAP: 0.0, **settings})
-    rounds.state.begin(torch.tensor([0, 2]), torch.zeros(2, dtype=torch.float64), scan=False)
-    rounds.begin()
-    assert rounds.settled() == 2
-    assert rounds.which().tolist() == [0, 2]
+    found, starts = Found.empty(7, "cpu"), torch.zeros(7, dtype=torch.float64)
+    for _ in range(2):
+        rounds.clear({**dict.fromkeys(Rule, 1.0), Rule.LOG_CAP: 0.0, **settings})
+        count, lanes = rounds.refill(found, starts, 0, scan=False)
+        assert count == rounds.carried == 4
+        # The host knows the first ones.
+        assert isinstance(lanes, np.ndarray)
+        assert lanes.tolist() == [1, 2, 3, 4]
+        # Two lanes are left as they are.
+        rounds.state.marks[Mark.PHASE, [1, 3]] = int(Phase.IDLE)
+        rounds.begin()
+        assert rounds.settled() == 2
+        rounds.state.marks[Mark.PHASE, [1, 3]] = int(Phase.BRACKET)
+        count, lanes = rounds.refill(found, starts, 4, scan=False)
+        assert count == 2
+        assert isinstance(lanes, Tensor)
+        assert lanes.tolist() == [1, 3]
+        rounds.begin()
+        assert rounds.settled() == rounds.carried == 4
+        count, lanes = rounds.refill(found, starts, 6, scan=False)
+        assert count == rounds.carried == 1
+        assert isinstance(lanes, np.ndarray)
+        assert lanes.tolist() == [1]
+        assert found.marks[1].tolist()[:6] == [1] * 6
     assert not rounds.is_captured
+
+
+class _Reads(TorchDispatchMode):
+    """Where the host has read a number; what it cannot know the shape of is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert function not in (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.places.append(args[0].data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_one_number_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds_made, counts = [], set()
+    begin = Rounds.begin
+
+    def counted(self: Rounds) -> None:
+        rounds_made.append(self)
+        counts.add(self._count.data_ptr())
+        begin(self)
+
+    monkeypatch.setattr(Rounds, "begin", counted)
+    reads: list[_Reads] = []
+    run = _device_loop._DeviceLoop._run
+
+    def watched(self: Any, *args: Any) -> Any:
+        reads.append(_Reads())
+        with reads[-1]:
+            return run(self, *args)
+
+    monkeypatch.setattr(_device_loop._DeviceLoop, "_run", watched)
+    model = network()
+    agree(*both(model, F.cross_entropy, labelled(model, 9, 6), engine="general", n=40))
+    assert reads
+    places = [place for read in reads for place in read.places]
+    assert set(places) <= counts
+    # Once to decide, and once more where a lane is filled anew.
+    assert len(rounds_made) <= len(places) <= 2 * len(rounds_made)
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (GeneralEngine, {}),
+        (LayeredEngine, {"cached": True}),
+        (LayeredEngine, {"cached": False}),
+        (LayeredEngine, {"backend": "triton"}),
+        (LayeredEngine, {"backend": "triton", "fused": True, "keep_rows": False}),
+    ],
+    ids=["general", "cached", "not cached", "kernels", "fused"],
+)
+def test_lanes_that_only_the_device_knows(
+    kind: type[GeneralEngine], changes: dict[str, Any]
+) -> None:
+    """They hold what they would if the host had chosen them, and the host learns of it."""
+    model = network()
+    data = labelled(model, 9, 6)
+    engines = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        engines.append(opened(kind, model, data, **changes))
+    alone, told = engines
+    ids, radii = np.array([4, 0, 7, 9, 1]), np.array([0.1, 0.5, 1.0, 2.0, 3.0])
+    lanes, more = np.array([3, 0]), np.array([2, 3])
+    for engine, as_lanes in ((told, lambda x: x), (alone, torch.from_numpy)):
+        engine.load(np.arange(5), Indexed(3, ids))
+        engine.prepare(np.arange(5))
+        for some, rays in (
+            (lanes, Indexed(3, np.array([20, 21]))),
+            (more, Indexed(3, np.array([30, 31]))),
+            (lanes[:1], Indexed(3, np.array([40]), stream=1)),
+        ):
+            assert engine.load_async(as_lanes(some), rays) is not None
+            engine.prepare(as_lanes(some))
+    both_sums = [summed(e, torch.from_numpy(radii), slice(0, 5)) for e in (told, alone)]
+    assert torch.equal(*both_sums)
+    np.testing.assert_array_equal(alone.loss(radii).values, told.loss(radii).values)
+    held = [(rays.stream, int(rays.ids[position])) for rays, position in filter(None, alone._rays)]
+    assert held == [(0, 21), (0, 0), (0, 30), (1, 40), (0, 1)]
+    alone.load(np.array([1]), Indexed(3, np.array([50])))
+    told.load(np.array([1]), Indexed(3, np.array([50])))
+    for a, b in zip(alone.loss_and_grad(radii), told.loss_and_grad(radii), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 class _Graph:
@@ -439,7 +553,7 @@ def test_a_captured_round_has_to_repeat_the_operations(
     engine = opened(GeneralEngine, model, labelled(model, 9, 6))
     ids = np.arange(5)
     engine.load(ids, Indexed(3, ids))
-    several = [Rounds(engine, slice(0, 5), threshold_step) for _ in range(2)]
+    several = [Rounds(engine, slice(0, 5), threshold_step, refill) for _ in range(2)]
     for rounds in several:
         limits = {Rule.THRESHOLD: 1.5, Rule.LIMIT: 1e9, Rule.MAX_EVALUATIONS: 99, Rule.XTOL: 1e-3}
         rounds.state.keep_rules({**dict.fromkeys(Rule, 1.0), Rule.LOG_CAP: 9.0, **limits})

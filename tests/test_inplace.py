@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_tolerances import assert_close, point
 from torch import Tensor, nn
 
 import fastvol
@@ -118,10 +119,13 @@ def test_losses_are_those_of_copies(dtype: torch.dtype, metric: Any, backend: st
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels were made for the GPU")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kernels_write_the_same_rays(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("metric", ["euclidean", "filter"])
+def test_kernels_write_the_same_rays(
+    metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).to(dtype)
-    own, other = engines_of(model, (TOKENS, LABELS), lanes=2, backend="triton")
+    own, other = engines_of(model, (TOKENS, LABELS), lanes=2, metric=metric, backend="triton")
     assert own._launches is not None
     before, lanes, radii = raw(model), np.arange(2), np.array([0.3, 2.0])
     replayed = []
@@ -154,11 +158,62 @@ def test_what_kernels_cannot_write_is_written_in_stretches() -> None:
     assert own._launches is None
     model = nn.Linear(3, 5)
     data = torch.randn(4, 3), torch.arange(4)
-    for metric, expected in (("filter", False), ("euclidean", True)):
+    by_rows = {"weight": torch.rand(5, 1).add(0.5).expand(5, 3), "bias": 2.0}
+    by_entries = {"weight": torch.rand(5, 3).add(0.5), "bias": 2.0}
+    expected = (("filter", True), ("euclidean", True), (by_rows, True), (by_entries, False))
+    for metric, is_launched in expected:
         own, _ = engines_of(model, data, metric=metric, backend="triton")
-        assert (own._launches is not None) == expected
+        assert (own._launches is not None) == is_launched
     own, _ = engines_of(model, data)
     assert own._launches is None
+
+
+def kernel_model(dtype: torch.dtype) -> nn.Module:
+    """Rows of odd sizes, one that is longer than a tile of the kernel, and some that are zero."""
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2051), nn.Linear(2051, 3))
+    with torch.no_grad():
+        model[0].weight[[0, 3, 6]] = 0.0
+        model[1].weight[5:8] = 0.0
+        model[2].weight[1] = 0.0
+    return model.to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels were made for the GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_write_rays_whose_scale_differs_by_row(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    model = kernel_model(dtype)
+    layout = ParameterLayout(model)
+    objective = Objective(model, lambda m: m[0].weight.sum(), None, layout.device)
+    with pytest.warns(fastvol.FastvolWarning, match="rows with norm 0"):
+        scale = FilterMetric("drop").scale_of(layout)
+    plan = plan_of("inplace", layout, 1, "triton")
+    engine = InPlaceEngine(objective, layout, scale, plan, _backend.select("triton"))
+    launches = engine._launches
+    assert launches is not None
+    # No coordinate that moves has a scale of its own.
+    assert sum(p.scale.numel() for p in launches._parts if p.scale is not None) == 4 + 2048 + 2
+    engine.load(np.array([0]), Indexed(SEED, np.array([5])))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    engine._write(0, 30.0)
+    found = [p.detach().clone() for p in model.parameters()]
+    # What does not move is not written either.
+    assert bool(found[0][[0, 3, 6]].isnan().all())
+    assert bool(found[1][5:8].isnan().all())
+    assert bool(found[3][1].isnan().all())
+    monkeypatch.setattr(engine, "_launches", None)
+    engine._backend = _backend.select("torch")
+    engine._write(0, 30.0)
+    for own, wanted in zip(found, model.parameters(), strict=True):
+        moves = ~wanted.isnan()
+        assert torch.equal(moves, ~own.isnan())
+        assert_close(own[moves], wanted.detach()[moves], point(dtype))
+    engine._layout.restore()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,6 +16,7 @@ import triton.language as tl  # noqa: E402
 from kernel_tolerances import NORMAL, assert_close, assert_reduced, point  # noqa: E402
 
 from fastvol import kernels  # noqa: E402
+from fastvol._backend import select  # noqa: E402
 from fastvol._reference import noise  # noqa: E402
 from fastvol.kernels import philox as device  # noqa: E402
 from fastvol.kernels.launch import interpreted, signed_word  # noqa: E402
@@ -174,6 +175,35 @@ def test_perturb(d, dtype, antithetic):
         assert torch.equal(out[0], theta0)
 
 
+@DTYPES
+@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize(("rows", "width"), [(1, 63), (21, 3), (257, 9), (3, 2051), (4, 1024)])
+def test_perturb_with_a_scale_a_row(rows, width, first, dtype):
+    """Tiles within a row, of two rows, of many; the rows' ends fall anywhere."""
+    d, c = rows * width, np.array([0.0, 10.0])
+    theta0 = torch.randn(d, device=DEVICE).to(dtype)
+    scale = torch.rand(rows, device=DEVICE).to(dtype) + 0.5
+    by_entry = scale.repeat_interleave(width)
+    out, same = poisoned(2, d, dtype), poisoned(2, d, dtype)
+    wanted = poisoned(2, d, dtype)
+    kernels.perturb(out, theta0, c, SEED, STREAM, IDS, scale=scale, first=first)
+    kernels.perturb(same, theta0, c, SEED, STREAM, IDS, scale=by_entry, first=first)
+    noise.perturb(wanted, theta0, c, SEED, STREAM, IDS, scale=scale, first=first)
+    assert torch.equal(out, same)
+    for row, row_wanted in zip(out, wanted, strict=True):
+        assert_close(row, row_wanted, point(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_scale_a_row_without_kernels(backend):
+    theta0, scale = torch.randn(63), torch.rand(9)
+    out, wanted = torch.empty(2, 63), torch.empty(2, 63)
+    perturb, c = select(backend).perturb, np.array([0.5, 2.0])
+    perturb(out, theta0, c, SEED, STREAM, IDS, scale=scale)
+    perturb(wanted, theta0, c, SEED, STREAM, IDS, scale=scale[:, None].expand(9, 7).reshape(-1))
+    assert torch.equal(out, wanted)
+
+
 @pytest.mark.parametrize("first", [1, 6, 1027, 2**34 - 3000])
 @pytest.mark.parametrize("d", [1, 63, 2053])
 def test_spans_of_whole_vectors(d, first):
@@ -224,6 +254,10 @@ def test_what_is_refused():
         kernels.normals(out, 5, 0, np.arange(3))
     with pytest.raises(ValueError, match="scale must be contiguous"):
         kernels.normals(out, 5, 0, IDS, scale=torch.ones(59, device=DEVICE))
+    for size in (0, 7, 61):
+        scale = torch.ones(size, device=DEVICE)
+        with pytest.raises(ValueError, match="scale must be contiguous with one number"):
+            kernels.perturb(out, out[0], np.ones(2), 5, 0, IDS, scale=scale)
     with pytest.raises(ValueError, match="neighbours in a row side by side"):
         kernels.normals(out.t(), 5, 0, np.arange(60))
     with pytest.raises(ValueError, match="project must be float64"):

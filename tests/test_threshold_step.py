@@ -113,13 +113,6 @@ def rounds(
         yield state
 
 
-def move(state: SearchState) -> None:
-    """The kernel's step."""
-    kernels.move_kernel[(1,)](
-        state.numbers, state.marks, state.rules, state.settled, state.lanes, BLOCK=64
-    )
-
-
 @pytest.mark.parametrize("mode", ["search", "scan"])
 @pytest.mark.parametrize(
     "options",
@@ -152,7 +145,9 @@ def test_steps_are_those_of_the_search(mode: str, options: dict[str, Any]) -> No
 def test_the_kernel_moves_as_the_step_does(n: int, mode: str) -> None:
     rays, options = Rays(n, seed=n), {"loss0": 0.2, "xtol": 1e-6, "max_evaluations": 12}
     both = zip(
-        rounds(rays, search_step, mode, options), rounds(rays, move, mode, options), strict=True
+        rounds(rays, search_step, mode, options),
+        rounds(rays, kernels.move, mode, options),
+        strict=True,
     )
     for wanted, found in both:
         assert torch.equal(found.marks, wanted.marks)

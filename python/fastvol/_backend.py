@@ -38,6 +38,7 @@ class Backend:
     perturb: Callable[..., None]
     ray_losses: Callable[..., tuple[Float, Bool]]
     threshold_step: Callable[..., None]
+    refill: Callable[..., Tensor]
     direction_reductions: Callable[..., tuple[Tensor, Tensor]]
     direction_linear: Callable[..., Tensor]
     direction_conv2d: Callable[..., Tensor]
@@ -116,7 +117,16 @@ def _warn_once() -> None:
 
 @functools.cache
 def _torch_backend() -> Backend:
-    from ._reference import accumulate, losses, noise, perturbed, radial, search, threshold_step
+    from ._reference import (
+        accumulate,
+        losses,
+        noise,
+        perturbed,
+        radial,
+        refill,
+        search,
+        threshold_step,
+    )
 
     return Backend(
         name="torch",
@@ -125,6 +135,7 @@ def _torch_backend() -> Backend:
         perturb=noise.perturb,
         ray_losses=losses.ray_losses,
         threshold_step=threshold_step.threshold_step,
+        refill=refill.refill,
         direction_reductions=noise.direction_reductions,
         direction_linear=perturbed.direction_linear,
         direction_conv2d=perturbed.direction_conv2d,
@@ -141,6 +152,8 @@ def _torch_backend() -> Backend:
 
 @functools.cache
 def _cpp_backend(core: Any) -> Backend:
+    from ._reference import noise
+
     reference = _torch_backend()
 
     def on_cpu(out: Tensor) -> bool:
@@ -209,6 +222,8 @@ def _cpp_backend(core: Any) -> Backend:
                 first=first,
             )
             return
+        if scale is not None and scale.numel() != theta0.numel():
+            scale = scale.repeat_interleave(noise.width_of(scale, theta0.numel()))
         core.perturb(
             out.numpy(),
             theta0.numpy(),
@@ -282,7 +297,7 @@ def _triton_trouble(device: torch.device | None) -> str | None:
 @functools.cache
 def _triton_backend(fallback: Backend) -> Backend:
     from . import kernels
-    from .kernels import losses, threshold_step
+    from .kernels import losses, refill, threshold_step
     from .kernels.launch import interpreted as is_interpreted
 
     interpreted = is_interpreted(losses.sum_kernel)
@@ -361,9 +376,10 @@ def _triton_backend(fallback: Backend) -> Backend:
         name="triton",
         normals=normals,
         write_normals=write_normals,
-        perturb=chosen("perturb", exact),
+        perturb=chosen("perturb", losses.DTYPES),
         ray_losses=ray_losses,
         threshold_step=step,
+        refill=refill.refill,
         direction_reductions=reductions,
         direction_linear=layer("direction_linear"),
         direction_conv2d=layer("direction_conv2d"),

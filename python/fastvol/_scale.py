@@ -101,6 +101,17 @@ class Scale:
         """The one scale of segment i, if it has one."""
         return float(self._parts[i]) if self._parts[i].dim() == 0 else None
 
+    def rows(self, i: int) -> Tensor | None:
+        """Of each row of what is here of segment i, ``[rows]`` on the CPU, if it has one scale."""
+        part, values = self._parts[i], self.layout.local[i].values
+        count = len(values) if values.dim() else 1
+        if part.numel() == count:
+            return part.reshape(count)
+        if part.dim() == 0 or not count:
+            return part.expand(count)
+        by_row = part.view(count, -1)
+        return by_row[:, 0] if bool((by_row == by_row[:, :1]).all()) else None
+
     def stretches(self, i: int) -> list[Span]:
         """What is here of segment i and moves; ``coordinate`` counts what moves of the whole."""
         segment, local = self.layout.segments[i], self.layout.local[i]

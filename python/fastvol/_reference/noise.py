@@ -211,11 +211,15 @@ def perturb(
             it has less.
         theta0: ``[d]`` in the dtype of ``out``.
         coefficient: float64 ``[k]``.
-        seed, stream, ids, antithetic, scale, threads, first: as for :func:`normals`.
+        scale: one number a coordinate ``[d]``, or one for every d/rows neighbours ``[rows]``, or
+            ``None`` for ones.
+        seed, stream, ids, antithetic, threads, first: as for :func:`normals`.
     """
     working = working_dtype(out.dtype)
     rows = out if out.dtype == working else torch.empty_like(out, dtype=working)
-    step = scale if scale is None else scale.to(working)
+    step = scale
+    if scale is not None:
+        step = scale.to(working).repeat_interleave(width_of(scale, out.shape[1]))
     normals(
         rows, seed, stream, ids, antithetic=antithetic, scale=step, threads=threads, first=first
     )
@@ -223,3 +227,18 @@ def perturb(
     rows += theta0
     if rows is not out:
         out.copy_(rows)
+
+
+def width_of(scale: Tensor, d: int) -> int:
+    """How many neighbours of d coordinates have one entry of a scale.
+
+    Raises:
+        ValueError: it has not the same number for each entry.
+    """
+    rows = scale.numel()
+    if scale.dim() != 1 or not scale.is_contiguous() or not rows or d % rows:
+        raise ValueError(
+            f"scale must be contiguous with one number a coordinate, [{d}], or for as many "
+            f"neighbours each, got shape {tuple(scale.shape)}"
+        )
+    return d // rows

@@ -88,12 +88,14 @@ class SearchState:
             losses at that radius, the points that each search remembers.
         marks: int32 ``[len(Mark), K]``: phase, status, counts, and 0 or 1 for what is true.
         rules: float64 ``[len(Rule)]``: what all lanes share.
-        settled: int32 ``[1]``: lanes whose result waits to be collected.
+        items: int64 ``[K]``: what each lane searches for; -1 for an idle one.
+        settled: int32 ``[1]``: how many searches have ended since all lanes were idle.
     """
 
     numbers: Tensor
     marks: Tensor
     rules: Tensor
+    items: Tensor
     settled: Tensor
 
     @classmethod
@@ -103,6 +105,7 @@ class SearchState:
             torch.zeros((len(Number), lanes), dtype=torch.float64, device=device),
             torch.zeros((len(Mark), lanes), dtype=torch.int32, device=device),
             torch.zeros(len(Rule), dtype=torch.float64, device=device),
+            torch.full((lanes,), -1, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
 
@@ -143,14 +146,15 @@ class SearchState:
         """All lanes idle."""
         self.numbers.zero_()
         self.marks.zero_()
+        self.items.fill_(-1)
         self.settled.zero_()
 
 
 def search_step(state: SearchState) -> None:
     """Moves every lane that waits for a loss; the losses have been summed in ``Number.TOTAL``.
 
-    A lane marked ``Mark.BEYOND`` has only a lower bound of its loss, known to lie outside. Counts
-    the settled lanes in ``state.settled``.
+    A lane marked ``Mark.BEYOND`` has only a lower bound of its loss, known to lie outside. Adds the
+    lanes that it settles to ``state.settled``.
     """
     numbers, marks = state.numbers, state.marks
     loss0, threshold, xtol, log_cap, base_slope, span, points, most, _ = state.rules.unbind()
@@ -284,7 +288,7 @@ def search_step(state: SearchState) -> None:
     _put(marks[Mark.GUARD_STEPS], working, guard_steps)
     _put(marks[Mark.SCAN_INDEX], scanning, scan_index)
     _put(marks[Mark.PHASE], active, next_phase)
-    state.settled.copy_((marks[Mark.PHASE] == Phase.SETTLED).sum())
+    state.settled.add_(settled.sum())
 
 
 def _put(row: Tensor, where: Tensor, value: Tensor) -> None:

@@ -218,6 +218,10 @@ class GeneralEngine:
         self._factor_here = torch.from_numpy(self._factor).to(like.device)
         self._factor_is_old = False
         self._rays: list[tuple[Indexed, int] | None] = [None] * plan.lanes
+        # What the host does not know yet: which directions the lanes hold that only the device has
+        # chosen, of what seed, stream and kind; -1 for the others.
+        self._untold = torch.full((plan.lanes,), -1, dtype=torch.int64, device=like.device)
+        self._untold_like: Indexed | None = None
         self._theta = self._new_rows(plan.chunk, layout.size)
         # With one dtype the named views follow the buffer, so they are made once.
         self._views = layout.unflatten(self._theta[0], PREFIX) if layout.is_single_dtype else None
@@ -242,8 +246,24 @@ class GeneralEngine:
         if self.device.type != "cpu":
             self._factor_here.copy_(torch.from_numpy(self._factor))
 
+    def _learn(self) -> None:
+        """Reads which lanes the device has loaded without the host."""
+        if self._untold_like is None:
+            return
+        ids = self._untold.cpu().numpy()
+        lanes = np.flatnonzero(ids >= 0)
+        self._learned(lanes, replace(self._untold_like, ids=ids[lanes]))
+        self._untold.fill_(-1)
+        self._untold_like = None
+
+    def _learned(self, lanes: Int, rays: Indexed) -> None:
+        """Notes which rays the lanes hold."""
+        for position, lane in enumerate(lanes.tolist()):
+            self._rays[lane] = (rays, position)
+
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        self._learn()
         if isinstance(rays, Dense):
             return self._load_dense(lanes, rays)
         for position, lane in enumerate(lanes):
@@ -272,10 +292,10 @@ class GeneralEngine:
             )
         return norm, dot
 
-    def _fill_rows(self, lanes: Int, rays: Indexed, normals: Callable[..., Any]) -> Any:
+    def _fill_rows(self, lanes: Int | Tensor, rays: Indexed, normals: Callable[..., Any]) -> Any:
         """Writes s⊙z, or s⊙Pz, of some lanes; returns what ``normals`` tells."""
         rows = self._rows_for_writing()
-        span = span_of(lanes)
+        span = None if isinstance(lanes, Tensor) else span_of(lanes)
         target = self._new_rows(len(lanes)) if span is None else rows[span]
         plain = rays.preconditioner is None
         told = normals(
@@ -294,7 +314,7 @@ class GeneralEngine:
             rows.index_copy_(0, to_device(lanes, rows.device), target)
         return told
 
-    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+    def load_async(self, lanes: Int | Tensor, rays: Rays) -> tuple[Tensor, Tensor] | None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         if isinstance(rays, Dense) or rays.preconditioner is not None:
             return None
@@ -302,14 +322,20 @@ class GeneralEngine:
         if told is None:
             return None
         norm, dot = told
-        for position, lane in enumerate(lanes.tolist()):
-            self._rays[lane] = (rays, position)
+        known, alike = self._untold_like, replace(rays, ids=rays.ids[:0])
+        if isinstance(lanes, np.ndarray) or (known is not None and not _are_alike(known, alike)):
+            self._learn()
+        if isinstance(lanes, Tensor):
+            self._untold_like = alike
+            self._untold.index_copy_(0, lanes, to_device(rays.ids, self.device))
+        else:
+            self._learned(lanes, rays)
         self._factor_here.index_copy_(0, to_device(lanes, self.device), 1.0 / norm)
         # On a CPU both are one memory.
         self._factor_is_old = self.device.type != "cpu"
         return norm, dot
 
-    def _made_async(self, lanes: Int, rays: Indexed) -> tuple[Tensor, Tensor] | None:
+    def _made_async(self, lanes: Int | Tensor, rays: Indexed) -> tuple[Tensor, Tensor] | None:
         """The directions of :meth:`load_async`, and what it returns."""
         if self._rows is None:
             return None
@@ -363,6 +389,7 @@ class GeneralEngine:
 
         A ray is left between two batches where what has been summed exceeds the limit already.
         """
+        self._learn()
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
         running = self._objective.running(len(lanes), limit)
@@ -412,7 +439,7 @@ class GeneralEngine:
                 last = part.stop == lanes.stop and i == len(batches) - 1
                 yield LossPart(outputs, None, "given", batch.weight / weight, where, i == 0, last)
 
-    def prepare(self, lanes: Int) -> None:
+    def prepare(self, lanes: Int | Tensor) -> None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
 
     def _check_stays(self) -> None:
@@ -445,6 +472,7 @@ class GeneralEngine:
 
     def loss_and_grad(self, radii: Float, lanes: Int | None = None) -> tuple[Float, Tensor]:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        self._learn()
         lanes = np.arange(self.lanes) if lanes is None else lanes
         chunk = self._plan.chunk
         total, weight = np.zeros(len(lanes)), 0.0
@@ -537,6 +565,11 @@ class GeneralEngine:
             self._theta[:count]
         )
         return _as_floats(values, count), slopes
+
+
+def _are_alike(a: Indexed, b: Indexed) -> bool:
+    """Whether directions differ in their number alone."""
+    return (a.seed, a.stream, a.antithetic) == (b.seed, b.stream, b.antithetic)
 
 
 def span_of(lanes: Int) -> slice | None:

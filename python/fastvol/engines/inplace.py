@@ -31,6 +31,7 @@ from .protocol import Capabilities, Dense, Float, Indexed, Int, Losses, RayInfo,
 # Coordinates that are made together where they do not go straight into the model: enough for some
 # threads.
 SPAN = 1 << 19
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class _Span:
     scale: float | None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one launch writes.
+
+    ``scale`` holds one number for each row of the span, or is ``None`` where the span has one.
+    """
+
+    out: Tensor
+    theta0: Tensor
+    span: _Span
+    scale: Tensor | None
+
+
 class _Launches:
     """The launches that write θ = θ0 + c·s⊙z, a kernel a stretch of parameters.
 
@@ -55,20 +69,20 @@ class _Launches:
 
     Args:
         perturb: the backend's.
-        parts: where to write, θ0 there, and the stretch; all laid out in order.
+        parts: where to write, θ0 and s there; all laid out in order.
         device: of all of them.
     """
 
     def __init__(
         self,
         perturb: Callable[..., None],
-        parts: Sequence[tuple[Tensor, Tensor, _Span]],
+        parts: Sequence[_Part],
         device: torch.device,
     ) -> None:
         self._perturb = perturb
         self._parts = parts
         self._device = device
-        scales = [span.scale for _, _, span in parts]
+        scales = [1.0 if part.span.scale is None else part.span.scale for part in parts]
         self._scales = torch.tensor(scales, dtype=torch.float64, device=device)
         self._coefficients = torch.zeros_like(self._scales)
         self._id = torch.zeros(1, dtype=torch.int64, device=device)
@@ -94,16 +108,17 @@ class _Launches:
     def _issue(self) -> None:
         assert self._family is not None
         seed, stream, antithetic = self._family
-        for k, (out, theta0, span) in enumerate(self._parts):
+        for k, part in enumerate(self._parts):
             self._perturb(
-                out[None],
-                theta0,
+                part.out[None],
+                part.theta0,
                 self._coefficients[k : k + 1],
                 seed,
                 stream,
                 self._id,
                 antithetic=antithetic,
-                first=span.coordinate,
+                scale=part.scale,
+                first=part.span.coordinate,
             )
 
     def _capture(self) -> None:
@@ -180,12 +195,24 @@ class InPlaceEngine:
         for i, spans in enumerate(self._spans_of):
             values, theta0 = self._layout.local[i].values, self._theta0[i]
             ordered = values.is_contiguous() and theta0.is_contiguous()
-            single = all(span.scale is not None for span in spans)
-            if not (ordered and single and values.dtype == self._layout.dtype):
+            # Of half precision θ is made in float32 and rounded once, in registers.
+            rounded = values.dtype in _HALF and self._layout.dtype == torch.float32
+            if not (ordered and (rounded or values.dtype == self._layout.dtype)):
                 return None
+            scale = None
+            if self._scale.constant(i) is None:
+                scale = self._scale.rows(i)
+                if scale is None:
+                    return None
+                # One number a row is kept; one an entry would be the model once more.
+                scale = scale.to(self._layout.device, self._layout.dtype)
             for span in spans:
-                at = slice(span.start, span.start + span.length)
-                parts.append((values.view(-1)[at], theta0.view(-1)[at], span))
+                at, own = slice(span.start, span.start + span.length), None
+                if scale is not None:
+                    # What moves, moves in whole rows.
+                    width = values.numel() // len(scale)
+                    own = scale[at.start // width : at.stop // width]
+                parts.append(_Part(values.view(-1)[at], theta0.view(-1)[at], span, own))
         return _Launches(self._backend.perturb, parts, self._layout.device) if parts else None
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:

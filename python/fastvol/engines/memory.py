@@ -56,9 +56,12 @@ class Peak:
         return torch.cuda.max_memory_allocated(self._device) - self._held > self._room
 
 
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def to_device(array: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     """An array on a device, without waiting for what the device has to do before.
 
     The array may be reused at once where the device is not the host: it has been staged by then.
+    A tensor is there already.
     """
+    if isinstance(array, Tensor):
+        return array
     return torch.from_numpy(array).to(device, non_blocking=True)

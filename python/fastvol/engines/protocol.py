@@ -145,10 +145,11 @@ class DeviceEngine(Engine, Protocol):
         """Forgets all rays, and makes room for another number of them."""
         ...
 
-    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+    def load_async(self, lanes: Int | Tensor, rays: Rays) -> tuple[Tensor, Tensor] | None:
         """As :meth:`load`, without waiting: ‖z‖ and ⟨z, project⟩ stay on the device.
 
-        ``None`` where that cannot be, and nothing has been done.
+        The lanes may be known to the device only, int64 ``[k]`` there; then :meth:`prepare` follows
+        at once. ``None`` where that cannot be, and nothing has been done.
         """
         ...
 
@@ -165,6 +166,6 @@ class DeviceEngine(Engine, Protocol):
         """
         ...
 
-    def prepare(self, lanes: Int) -> None:
+    def prepare(self, lanes: Int | Tensor) -> None:
         """Makes what is kept of the directions on some lanes, before :meth:`loss_parts`."""
         ...

@@ -6,7 +6,7 @@ one; elsewhere, and where that cannot be, they are issued one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .._reference.search_step import Mark, Number, Phase, SearchState
+from .._reference.refill import Found
+from .._reference.search_step import Mark, Number, Phase, Rule, SearchState
 from .protocol import DeviceEngine
 
 Int = npt.NDArray[np.int64]
@@ -54,7 +55,7 @@ class Rounds:
     Args:
         engine: evaluates them.
         lanes: consecutive ones.
-        threshold_step: the backend's.
+        threshold_step, refill: the backend's.
         pools: of the graphs of the engine; its own by default.
     """
 
@@ -63,11 +64,12 @@ class Rounds:
         engine: DeviceEngine,
         lanes: slice,
         threshold_step: Callable[..., None],
+        refill: Callable[..., Tensor],
         pools: Pools | None = None,
     ) -> None:
         self._engine = engine
         self.lanes = lanes
-        self._step = threshold_step
+        self._step, self._refill = threshold_step, refill
         self._pools = Pools() if pools is None else pools
         self.state = SearchState.empty(lanes.stop - lanes.start, engine.device)
         self._gpu = engine.device.type == "cuda"
@@ -76,11 +78,11 @@ class Rounds:
         self._bound = engine.bound_to
         # Why the round is not captured.
         self.trouble: str | None = None
-        # What the host reads: how many lanes are settled, and when that is not 0, which.
+        # What the host reads: how many searches have ended; how many of them it has taken note of.
         self._count = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._gpu)
-        self._phases = torch.zeros(
-            self.state.lanes, dtype=torch.int32, device="cpu", pin_memory=self._gpu
-        )
+        self._kept = 0
+        # Lanes that hold an item.
+        self.carried = 0
         self._told: Any = torch.cuda.Event() if self._gpu else None  # type: ignore[no-untyped-call]
 
     @property
@@ -103,20 +105,45 @@ class Rounds:
         else:
             self._graph.replay()
         self._count.copy_(self.state.settled, non_blocking=self._gpu)
-        self._phases.copy_(self.state.marks[Mark.PHASE], non_blocking=self._gpu)
         if self._told is not None:
             self._told.record()
 
     def settled(self) -> int:
-        """How many lanes were settled by the latest round, for which this waits."""
+        """How many lanes wait for :meth:`refill` after the latest round, for which this waits."""
         if self._told is not None:
             self._told.synchronize()
-        return int(self._count[0])
+        return int(self._count[0]) - self._kept
 
-    def which(self) -> Int:
-        """The settled lanes, counted from the first of these."""
-        found: Int = np.flatnonzero(self._phases.numpy() == int(Phase.SETTLED))
-        return found
+    def clear(self, rules: Mapping[Rule, float]) -> None:
+        """Forgets all searches; ``rules`` are of the next ones."""
+        self.state.clear()
+        self.state.keep_rules(rules)
+        self._kept = self.carried = 0
+
+    def refill(
+        self, found: Found, starts: Tensor, first: int, *, scan: bool
+    ) -> tuple[int, Int | Tensor]:
+        """Keeps what settled lanes found, and gives the next items to the free ones.
+
+        Args:
+            found, starts, first, scan: see :func:`fastvol._reference.refill.refill`.
+
+        Returns:
+            How many items were taken, and the engine's lanes that they are on: on the host, if all
+            are free, else on the device.
+        """
+        # Without a round there is nothing to wait for.
+        settled = self.settled() if self.carried else 0
+        self._kept += settled
+        carried = self.carried - settled
+        count = min(self.state.lanes - carried, len(starts) - first)
+        where = self._refill(
+            self.state, found, starts, first, count, scan=scan, first_lane=self.lanes.start
+        )
+        self.carried = carried + count
+        if not carried:
+            return count, np.arange(self.lanes.start, self.lanes.start + count)
+        return count, where
 
     def _round(self) -> None:
         with torch.no_grad(), self._engine.arithmetic():

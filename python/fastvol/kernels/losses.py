@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .._reference.search_step import Phase
 from .._reference.threshold_step import check_target
+from .launch import launch
 
 KINDS = {"given": 0, "cross_entropy": 1, "mse": 2, "bce_with_logits": 3}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Programs that fill any card.
 _PROGRAMS = 512
-_LANES = 128
 # Elements of a tile, and tiles that are not worth more programs.
 _TILE = 2048
 _TILES = 8
@@ -111,7 +111,9 @@ def add_losses(
     if kind == "cross_entropy":
         _, rows, classes = outputs.shape
     block_c = min(triton.next_power_of_2(classes), _TILE)
-    block_n = max(1, min(triton.next_power_of_2(max(rows, 1)), _TILE // block_c, 256))
+    # Of logits fewer rows: exponentials take registers.
+    most = 64 if kind == "cross_entropy" else 256
+    block_n = max(1, min(triton.next_power_of_2(max(rows, 1)), _TILE // block_c, most))
     tiles = triton.cdiv(max(rows, 1), block_n)
     per_split = triton.cdiv(tiles, max(1, min(tiles // _TILES, _PROGRAMS // rays))) * block_n
     splits = triton.cdiv(max(rows, 1), per_split)
@@ -122,44 +124,57 @@ def add_losses(
     spread = int(limits.numel() > 1)
     # A number of the host arrives in float32: two of them hold a double.
     coarse = float(np.float32(scale))
-    sum_kernel[(rays, splits)](
-        outputs,
-        outputs if target is None else target.contiguous(),
-        marks if phases is None else phases,
-        sums,
-        marks,
-        limits,
-        own,
-        own_marks,
-        rows,
-        classes,
-        per_split,
-        ignore_index,
-        coarse,
-        scale - coarse,
-        KIND=KINDS[kind],
-        FIRST=first,
-        SEARCHING=phases is not None,
-        LIMITS=spread,
-        SPLIT=splits > 1,
-        DOUBLE=outputs.dtype == torch.float64,
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
+    launch(
+        sum_kernel,
+        lambda meta: (rays, splits),
+        {
+            "outputs": outputs,
+            "target": outputs if target is None else target.contiguous(),
+            "phases": marks if phases is None else phases,
+            "base": sums,
+            "base_marks": marks,
+            "limits": limits,
+            "sums": own,
+            "stopped": own_marks,
+            "rows": rows,
+            "classes": classes,
+            "per_split": per_split,
+            "ignore_index": ignore_index,
+            "scale_coarse": coarse,
+            "scale_fine": scale - coarse,
+            "KIND": KINDS[kind],
+            "FIRST": first,
+            "SEARCHING": phases is not None,
+            "LIMITS": spread,
+            "SPLIT": splits > 1,
+            "DOUBLE": outputs.dtype == torch.float64,
+            "BLOCK_N": block_n,
+            "BLOCK_C": block_c,
+        },
+        fixed=_SUM,
     )
     if splits > 1:
-        combine_kernel[(triton.cdiv(rays, _LANES),)](
-            sums,
-            marks,
-            limits,
-            own,
-            own_marks,
-            rays,
-            splits,
-            FIRST=first,
-            BOUNDED=kind != "given",
-            LIMITS=spread,
-            BLOCK=_LANES,
+        launch(
+            combine_kernel,
+            lambda meta: (triton.cdiv(rays, meta["BLOCK"]),),
+            {
+                "base": sums,
+                "base_marks": marks,
+                "limits": limits,
+                "parts": own,
+                "part_marks": own_marks,
+                "rays": rays,
+                "splits": splits,
+                "FIRST": first,
+                "BOUNDED": kind != "given",
+                "LIMITS": spread,
+            },
+            fixed=_COMBINE,
         )
+
+
+_SUM = triton.Config({}, num_warps=4, num_stages=1)
+_COMBINE = triton.Config({"BLOCK": 128}, num_warps=4, num_stages=1)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._reference import noise as reference
 from .launch import bucket, launch, per_lane, signed_word
 from .philox import normals_of_blocks, to_bfloat16_and_back, vector_of
 
@@ -28,6 +29,7 @@ _UNSPECIALISED = [
     "bucket",
     "row_stride",
     "block0",
+    "width",
 ]
 # Tiles that one program sums up. It fixes the order of a sum, so it is never tuned.
 _TILES_A_SUM = 8
@@ -55,9 +57,10 @@ def perturb_kernel(
     row_stride: tl.tensor,
     lanes: tl.tensor,
     block0: tl.tensor,
+    width: tl.tensor,
     bucket: tl.tensor,
     ANTITHETIC: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     DOUBLE: tl.constexpr,
     ALIGN: tl.constexpr,
     LEAD: tl.constexpr,
@@ -65,7 +68,8 @@ def perturb_kernel(
 ) -> None:
     """One tile of one row; lanes are innermost, so that they read the same θ₀ together.
 
-    Column 0 is coordinate LEAD of counter block block0.
+    Column 0 is coordinate LEAD of counter block block0. With SCALE "row", ``width`` neighbours have
+    the same scale.
     """
     WORK: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     lane = tl.program_id(0) % lanes
@@ -77,17 +81,29 @@ def perturb_kernel(
     inside = (index < d - first) & (index >= -first)
     is_whole = (first >= 0) & (first + 4 * BLOCKS <= d)
     theta0 += first
-    scale += first
     # Masks would be computed, and accesses split, for every number: only a last tile has them.
     if is_whole:
         start = tl.load(theta0 + index).to(WORK)
     else:
         start = tl.load(theta0 + index, mask=inside, other=0.0).to(WORK)
-    if HAS_SCALE:
+    if SCALE == "element":
+        scale += first
         if is_whole:
             s = tl.load(scale + index).to(WORK)
         else:
             s = tl.load(scale + index, mask=inside, other=0.0).to(WORK)
+        step = c * s
+    elif SCALE == "row":
+        # In 32 bits where the row is no longer: what a division costs goes with the square.
+        own = tl.maximum(first, 0).to(d.dtype) // width
+        scale += own
+        # Of the tile, what belongs to the row that it begins in.
+        left = ((own + 1) * width - first).to(tl.int32)
+        if left >= 4 * BLOCKS:
+            s = tl.load(scale).to(WORK) + tl.zeros([4 * BLOCKS], WORK)
+        else:
+            behind = tl.where(index < left, 0, 1 + (index - left) // width)
+            s = tl.load(scale + behind, mask=inside, other=0.0).to(WORK)
         step = c * s
     else:
         step = c
@@ -339,7 +355,7 @@ def perturb(
     _check_rows(out)
     lanes, d = out.shape
     _check_vector("theta0", theta0, d)
-    _check_vector("scale", scale, d)
+    width = 1 if scale is None else reference.width_of(scale, d)
     double = out.dtype == torch.float64
     align, lead = _alignment(out), first % 4
     launch(
@@ -358,9 +374,10 @@ def perturb(
             "row_stride": out.stride(0) // align,
             "lanes": lanes,
             "block0": signed_word(first // 4),
+            "width": width,
             "bucket": bucket(d),
             "ANTITHETIC": antithetic,
-            "HAS_SCALE": scale is not None,
+            "SCALE": None if scale is None else "element" if width == 1 else "row",
             "DOUBLE": double,
             "ALIGN": align,
             "LEAD": lead,

@@ -1,6 +1,6 @@
 """``threshold_step`` on a GPU: see :mod:`fastvol._reference.threshold_step`, which defines it.
 
-The losses are summed as in :mod:`fastvol.kernels.losses`; one program then moves all searches. No
+The losses are summed as in :mod:`fastvol.kernels.losses`; then the searches move, one a thread. No
 loss crosses to the host.
 """
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .._reference.search import Status
 from .._reference.search_step import Mark, Number, Phase, Rule, SearchState
+from .launch import launch
 from .losses import add_losses
 
-_LANES = 128
+# Of one program. Their arithmetic is long: few, so that a card has a processor for each.
+_MOVE = triton.Config({"BLOCK": 64}, num_warps=2, num_stages=1)
 
 _X = tl.constexpr(int(Number.X))
 _RADIUS = tl.constexpr(int(Number.RADIUS))
@@ -97,9 +99,23 @@ def threshold_step(
         first=first,
     )
     if last:
-        move_kernel[(1,)](
-            state.numbers, state.marks, state.rules, state.settled, state.lanes, BLOCK=_LANES
-        )
+        move(state)
+
+
+def move(state: SearchState) -> None:
+    """See :func:`fastvol._reference.search_step.search_step`."""
+    launch(
+        move_kernel,
+        lambda meta: (triton.cdiv(state.lanes, meta["BLOCK"]),),
+        {
+            "numbers": state.numbers,
+            "marks": state.marks,
+            "rules": state.rules,
+            "settled_count": state.settled,
+            "lanes": state.lanes,
+        },
+        fixed=_MOVE,
+    )
 
 
 @triton.jit
@@ -149,162 +165,157 @@ def move_kernel(
     nearest = tl.full((BLOCK,), 0.9, tl.float64) * xtol
     # A little too far is better than a little too near: it ends the bracketing.
     delta = tl.maximum(2.0 * xtol, tl.full((BLOCK,), 0.01, tl.float64))
-    count = tl.zeros((BLOCK,), tl.int32)
-    # Not every version of the interpreter can count to a bound that is no plain number.
-    start = tl.full((), 0, tl.int32)
-    while start < lanes:
-        lane = start + tl.arange(0, BLOCK)
-        valid = lane < lanes
-        # Points of lanes that know none are NaN nowhere, and their marks say so.
-        phase = tl.load(marks + _PHASE * lanes + lane, mask=valid, other=0)
-        x = tl.load(numbers + _X * lanes + lane, mask=valid, other=0.0)
-        loss = tl.load(numbers + _TOTAL * lanes + lane, mask=valid, other=0.0)
-        beyond = tl.load(marks + _BEYOND * lanes + lane, mask=valid, other=0)
-        scanning = phase == _SCAN
-        bracketing = phase == _BRACKET
-        refining = phase == _REFINE
-        active = scanning | bracketing | refining
-        evaluations = tl.load(marks + _EVALUATIONS * lanes + lane, mask=valid, other=0)
-        evaluations += active.to(tl.int32)
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = lane < lanes
+    # Points of lanes that know none are NaN nowhere, and their marks say so.
+    phase = tl.load(marks + _PHASE * lanes + lane, mask=valid, other=0)
+    x = tl.load(numbers + _X * lanes + lane, mask=valid, other=0.0)
+    loss = tl.load(numbers + _TOTAL * lanes + lane, mask=valid, other=0.0)
+    beyond = tl.load(marks + _BEYOND * lanes + lane, mask=valid, other=0)
+    scanning = phase == _SCAN
+    bracketing = phase == _BRACKET
+    refining = phase == _REFINE
+    active = scanning | bracketing | refining
+    evaluations = tl.load(marks + _EVALUATIONS * lanes + lane, mask=valid, other=0)
+    evaluations += active.to(tl.int32)
 
-        smooth = _is_finite(loss) & (beyond == 0)
-        inside = smooth & (loss <= threshold)
-        low_x = tl.load(numbers + _INSIDE_X * lanes + lane, mask=valid, other=0.0)
-        low_loss = tl.load(numbers + _INSIDE_LOSS * lanes + lane, mask=valid, other=0.0)
-        high_x = tl.load(numbers + _OUTSIDE_X * lanes + lane, mask=valid, other=0.0)
-        high_loss = tl.load(numbers + _OUTSIDE_LOSS * lanes + lane, mask=valid, other=0.0)
-        third_x = tl.load(numbers + _THIRD_X * lanes + lane, mask=valid, other=0.0)
-        third_loss = tl.load(numbers + _THIRD_LOSS * lanes + lane, mask=valid, other=0.0)
-        low_known = tl.load(marks + _INSIDE_KNOWN * lanes + lane, mask=valid, other=0) != 0
-        high_known = tl.load(marks + _OUTSIDE_KNOWN * lanes + lane, mask=valid, other=0) != 0
-        high_smooth = tl.load(marks + _OUTSIDE_SMOOTH * lanes + lane, mask=valid, other=0) != 0
-        third_known = tl.load(marks + _THIRD_KNOWN * lanes + lane, mask=valid, other=0) != 0
-        third_smooth = tl.load(marks + _THIRD_SMOOTH * lanes + lane, mask=valid, other=0) != 0
+    smooth = _is_finite(loss) & (beyond == 0)
+    inside = smooth & (loss <= threshold)
+    low_x = tl.load(numbers + _INSIDE_X * lanes + lane, mask=valid, other=0.0)
+    low_loss = tl.load(numbers + _INSIDE_LOSS * lanes + lane, mask=valid, other=0.0)
+    high_x = tl.load(numbers + _OUTSIDE_X * lanes + lane, mask=valid, other=0.0)
+    high_loss = tl.load(numbers + _OUTSIDE_LOSS * lanes + lane, mask=valid, other=0.0)
+    third_x = tl.load(numbers + _THIRD_X * lanes + lane, mask=valid, other=0.0)
+    third_loss = tl.load(numbers + _THIRD_LOSS * lanes + lane, mask=valid, other=0.0)
+    low_known = tl.load(marks + _INSIDE_KNOWN * lanes + lane, mask=valid, other=0) != 0
+    high_known = tl.load(marks + _OUTSIDE_KNOWN * lanes + lane, mask=valid, other=0) != 0
+    high_smooth = tl.load(marks + _OUTSIDE_SMOOTH * lanes + lane, mask=valid, other=0) != 0
+    third_known = tl.load(marks + _THIRD_KNOWN * lanes + lane, mask=valid, other=0) != 0
+    third_smooth = tl.load(marks + _THIRD_SMOOTH * lanes + lane, mask=valid, other=0) != 0
 
-        # The displaced end of a bracket is the third point of the interpolation.
-        displaced = active & (phase != _SCAN)
-        third_x = tl.where(displaced, tl.where(inside, low_x, high_x), third_x)
-        third_loss = tl.where(displaced, tl.where(inside, low_loss, high_loss), third_loss)
-        from_low = displaced & inside
-        from_high = displaced & (inside == 0)
-        kept = displaced == 0
-        third_known = (from_low & low_known) | (from_high & high_known) | (kept & third_known)
-        third_smooth = (from_low & low_known) | (from_high & high_smooth) | (kept & third_smooth)
-        new_low = active & inside
-        new_high = active & (inside == 0)
-        low_x = tl.where(new_low, x, low_x)
-        low_loss = tl.where(new_low, loss, low_loss)
-        low_known = low_known | new_low
-        high_x = tl.where(new_high, x, high_x)
-        high_loss = tl.where(new_high, loss, high_loss)
-        high_known = high_known | new_high
-        high_smooth = (new_high & smooth) | ((new_high == 0) & high_smooth)
+    # The displaced end of a bracket is the third point of the interpolation.
+    displaced = active & (phase != _SCAN)
+    third_x = tl.where(displaced, tl.where(inside, low_x, high_x), third_x)
+    third_loss = tl.where(displaced, tl.where(inside, low_loss, high_loss), third_loss)
+    from_low = displaced & inside
+    from_high = displaced & (inside == 0)
+    kept = displaced == 0
+    third_known = (from_low & low_known) | (from_high & high_known) | (kept & third_known)
+    third_smooth = (from_low & low_known) | (from_high & high_smooth) | (kept & third_smooth)
+    new_low = active & inside
+    new_high = active & (inside == 0)
+    low_x = tl.where(new_low, x, low_x)
+    low_loss = tl.where(new_low, loss, low_loss)
+    low_known = low_known | new_low
+    high_x = tl.where(new_high, x, high_x)
+    high_loss = tl.where(new_high, loss, high_loss)
+    high_known = high_known | new_high
+    high_smooth = (new_high & smooth) | ((new_high == 0) & high_smooth)
 
-        # Scan.
-        scan_index = tl.load(marks + _SCAN_INDEX * lanes + lane, mask=valid, other=0)
-        scan_index += (scanning & inside).to(tl.int32)
-        scanned = scanning & inside & (scan_index.to(tl.float64) >= points)
-        known_x = tl.load(numbers + _KNOWN_X * lanes + lane, mask=valid, other=0.0)
-        next_scan = known_x - span + scan_index.to(tl.float64) / points * span
-        found = scanning & (inside == 0)
+    # Scan.
+    scan_index = tl.load(marks + _SCAN_INDEX * lanes + lane, mask=valid, other=0)
+    scan_index += (scanning & inside).to(tl.int32)
+    scanned = scanning & inside & (scan_index.to(tl.float64) >= points)
+    known_x = tl.load(numbers + _KNOWN_X * lanes + lane, mask=valid, other=0.0)
+    next_scan = known_x - span + scan_index.to(tl.float64) / points * span
+    found = scanning & (inside == 0)
 
-        # Bracket.
-        moved = found | bracketing
-        entering = moved & low_known & high_known
-        stepping = moved & (entering == 0)
-        capped = stepping & inside & (x >= log_cap)
-        usable = smooth & (loss > loss0) & gapped
-        f = _log_excess(loss, usable, loss0, threshold)
-        usable_before = third_known & third_smooth & (third_loss > loss0) & gapped
-        f_before = _log_excess(third_loss, usable_before, loss0, threshold)
-        run = x - third_x
-        secant = (f - f_before) / tl.where(run == 0.0, 1.0, run)
-        follow = usable & usable_before & (run != 0.0) & _is_finite(secant) & (secant > 0.0)
-        clamped = tl.minimum(tl.maximum(secant, base_slope / 4.0), base_slope * 4.0)
-        slope = tl.where(follow, clamped, base_slope)
-        last_step = tl.load(numbers + _LAST_STEP * lanes + lane, mask=valid, other=0.0)
-        step = tl.where(usable, 1.25 * tl.abs(f) / slope + delta, log2)
-        step = tl.minimum(tl.maximum(step, 2.0 * last_step), log2)
-        next_bracket = tl.where(inside, tl.minimum(x + step, log_cap), x - step)
+    # Bracket.
+    moved = found | bracketing
+    entering = moved & low_known & high_known
+    stepping = moved & (entering == 0)
+    capped = stepping & inside & (x >= log_cap)
+    usable = smooth & (loss > loss0) & gapped
+    f = _log_excess(loss, usable, loss0, threshold)
+    usable_before = third_known & third_smooth & (third_loss > loss0) & gapped
+    f_before = _log_excess(third_loss, usable_before, loss0, threshold)
+    run = x - third_x
+    secant = (f - f_before) / tl.where(run == 0.0, 1.0, run)
+    follow = usable & usable_before & (run != 0.0) & _is_finite(secant) & (secant > 0.0)
+    clamped = tl.minimum(tl.maximum(secant, base_slope / 4.0), base_slope * 4.0)
+    slope = tl.where(follow, clamped, base_slope)
+    last_step = tl.load(numbers + _LAST_STEP * lanes + lane, mask=valid, other=0.0)
+    step = tl.where(usable, 1.25 * tl.abs(f) / slope + delta, log2)
+    step = tl.minimum(tl.maximum(step, 2.0 * last_step), log2)
+    next_bracket = tl.where(inside, tl.minimum(x + step, log_cap), x - step)
 
-        # Refine.
-        working = refining | entering
-        third_known = third_known & (entering == 0)
-        third_smooth = third_smooth & (entering == 0)
-        width = high_x - low_x
-        middle = low_x + 0.5 * width
-        guard_width = tl.load(numbers + _GUARD_WIDTH * lanes + lane, mask=valid, other=0.0)
-        guard_width = tl.where(entering, width, guard_width)
-        guard_steps = tl.load(marks + _GUARD_STEPS * lanes + lane, mask=valid, other=0)
-        guard_steps = tl.where(entering, 0, guard_steps + refining.to(tl.int32))
-        on_log = (low_loss > loss0) & (high_loss > loss0) & gapped
-        f_low = _scaled(low_loss, on_log, loss0, threshold)
-        f_high = _scaled(high_loss, on_log, loss0, threshold)
-        crossing = low_x + width * (f_low / (f_low - f_high))
-        root = tl.where(high_smooth & _is_finite(crossing), crossing, middle)
-        root = tl.minimum(tl.maximum(root, low_x), high_x)
-        all_log = on_log & (third_loss > loss0)
-        f_low = _scaled(low_loss, all_log, loss0, threshold)
-        f_high = _scaled(high_loss, all_log, loss0, threshold)
-        fc = _scaled(third_loss, all_log, loss0, threshold)
-        a = tl.where(inside, low_x, high_x)
-        b = tl.where(inside, high_x, low_x)
-        c = third_x
-        fa = tl.where(inside, f_low, f_high)
-        fb = tl.where(inside, f_high, f_low)
-        xi = (a - b) / (c - b)
-        phi = (fa - fb) / (fc - fb)
-        safe = (phi * phi < xi) & ((1.0 - phi) * (1.0 - phi) < 1.0 - xi)
-        t = fa / (fb - fa) * fc / (fb - fc)
-        t += (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
-        trial = tl.where(third_known, tl.where(safe, a + t * (b - a), middle), root)
-        trusted = high_smooth & (third_smooth | (third_known == 0)) & _is_finite(trial)
-        trial = tl.where(trusted, trial, middle)
-        checked = guard_steps >= 3
-        trial = tl.where(checked & (width > 0.5 * guard_width), middle, trial)
-        guard_width = tl.where(checked, width, guard_width)
-        guard_steps = tl.where(checked, 0, guard_steps)
-        margin = tl.minimum(0.5 * width, nearest)
-        trial = tl.minimum(tl.maximum(trial, low_x + margin), high_x - margin)
-        closed = working & ((width <= xtol) | (trial <= low_x) | (trial >= high_x))
+    # Refine.
+    working = refining | entering
+    third_known = third_known & (entering == 0)
+    third_smooth = third_smooth & (entering == 0)
+    width = high_x - low_x
+    middle = low_x + 0.5 * width
+    guard_width = tl.load(numbers + _GUARD_WIDTH * lanes + lane, mask=valid, other=0.0)
+    guard_width = tl.where(entering, width, guard_width)
+    guard_steps = tl.load(marks + _GUARD_STEPS * lanes + lane, mask=valid, other=0)
+    guard_steps = tl.where(entering, 0, guard_steps + refining.to(tl.int32))
+    on_log = (low_loss > loss0) & (high_loss > loss0) & gapped
+    f_low = _scaled(low_loss, on_log, loss0, threshold)
+    f_high = _scaled(high_loss, on_log, loss0, threshold)
+    crossing = low_x + width * (f_low / (f_low - f_high))
+    root = tl.where(high_smooth & _is_finite(crossing), crossing, middle)
+    root = tl.minimum(tl.maximum(root, low_x), high_x)
+    all_log = on_log & (third_loss > loss0)
+    f_low = _scaled(low_loss, all_log, loss0, threshold)
+    f_high = _scaled(high_loss, all_log, loss0, threshold)
+    fc = _scaled(third_loss, all_log, loss0, threshold)
+    a = tl.where(inside, low_x, high_x)
+    b = tl.where(inside, high_x, low_x)
+    c = third_x
+    fa = tl.where(inside, f_low, f_high)
+    fb = tl.where(inside, f_high, f_low)
+    xi = (a - b) / (c - b)
+    phi = (fa - fb) / (fc - fb)
+    safe = (phi * phi < xi) & ((1.0 - phi) * (1.0 - phi) < 1.0 - xi)
+    t = fa / (fb - fa) * fc / (fb - fc)
+    t += (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+    trial = tl.where(third_known, tl.where(safe, a + t * (b - a), middle), root)
+    trusted = high_smooth & (third_smooth | (third_known == 0)) & _is_finite(trial)
+    trial = tl.where(trusted, trial, middle)
+    checked = guard_steps >= 3
+    trial = tl.where(checked & (width > 0.5 * guard_width), middle, trial)
+    guard_width = tl.where(checked, width, guard_width)
+    guard_steps = tl.where(checked, 0, guard_steps)
+    margin = tl.minimum(0.5 * width, nearest)
+    trial = tl.minimum(tl.maximum(trial, low_x + margin), high_x - margin)
+    closed = working & ((width <= xtol) | (trial <= low_x) | (trial >= high_x))
 
-        # What each lane makes of it.
-        settled = scanned | capped | closed
-        next_x = tl.where(scanning & inside, tl.where(scanned, known_x, next_scan), x)
-        next_x = tl.where(stepping, tl.where(capped, log_cap, next_bracket), next_x)
-        next_x = tl.where(working, tl.where(closed, root, trial), next_x)
-        status = tl.where(capped, _UNBOUNDED, _CONVERGED)
-        status = tl.where(closed & (_is_finite(high_loss) == 0), _NONFINITE, status)
-        spent = active & (settled == 0) & (evaluations.to(tl.float64) >= max_evaluations)
-        next_x = tl.where(spent, tl.where(low_known, low_x, high_x), next_x)
-        status = tl.where(spent, _FAILED, status)
-        settled = settled | spent
-        next_phase = tl.where(working, _REFINE, tl.where(stepping, _BRACKET, _SCAN))
-        next_phase = tl.where(settled, _SETTLED, next_phase)
-        next_phase = tl.where(active, next_phase, phase)
-        count += (valid & (next_phase == _SETTLED)).to(tl.int32)
+    # What each lane makes of it.
+    settled = scanned | capped | closed
+    next_x = tl.where(scanning & inside, tl.where(scanned, known_x, next_scan), x)
+    next_x = tl.where(stepping, tl.where(capped, log_cap, next_bracket), next_x)
+    next_x = tl.where(working, tl.where(closed, root, trial), next_x)
+    status = tl.where(capped, _UNBOUNDED, _CONVERGED)
+    status = tl.where(closed & (_is_finite(high_loss) == 0), _NONFINITE, status)
+    spent = active & (settled == 0) & (evaluations.to(tl.float64) >= max_evaluations)
+    next_x = tl.where(spent, tl.where(low_known, low_x, high_x), next_x)
+    status = tl.where(spent, _FAILED, status)
+    settled = settled | spent
+    next_phase = tl.where(working, _REFINE, tl.where(stepping, _BRACKET, _SCAN))
+    next_phase = tl.where(settled, _SETTLED, next_phase)
+    next_phase = tl.where(active, next_phase, phase)
+    newly = valid & active & settled
+    tl.atomic_add(settled_count, tl.sum(newly.to(tl.int32), axis=0))
 
-        going = active & (settled == 0)
-        tl.store(numbers + _X * lanes + lane, next_x, mask=active)
-        tl.store(numbers + _RADIUS * lanes + lane, tl.exp(next_x), mask=going)
-        tl.store(numbers + _INSIDE_X * lanes + lane, low_x, mask=active)
-        tl.store(numbers + _INSIDE_LOSS * lanes + lane, low_loss, mask=active)
-        tl.store(numbers + _OUTSIDE_X * lanes + lane, high_x, mask=active)
-        tl.store(numbers + _OUTSIDE_LOSS * lanes + lane, high_loss, mask=active)
-        tl.store(numbers + _THIRD_X * lanes + lane, third_x, mask=active)
-        tl.store(numbers + _THIRD_LOSS * lanes + lane, third_loss, mask=active)
-        tl.store(numbers + _LAST_STEP * lanes + lane, step, mask=stepping & (capped == 0))
-        tl.store(numbers + _GUARD_WIDTH * lanes + lane, guard_width, mask=working)
-        tl.store(marks + _PHASE * lanes + lane, next_phase, mask=active)
-        tl.store(marks + _STATUS * lanes + lane, status, mask=settled)
-        tl.store(marks + _EVALUATIONS * lanes + lane, evaluations, mask=active)
-        tl.store(marks + _REENTRANT * lanes + lane, found.to(tl.int32), mask=found)
-        tl.store(marks + _INSIDE_KNOWN * lanes + lane, low_known.to(tl.int32), mask=active)
-        tl.store(marks + _OUTSIDE_KNOWN * lanes + lane, high_known.to(tl.int32), mask=active)
-        tl.store(marks + _OUTSIDE_SMOOTH * lanes + lane, high_smooth.to(tl.int32), mask=active)
-        tl.store(marks + _THIRD_KNOWN * lanes + lane, third_known.to(tl.int32), mask=active)
-        tl.store(marks + _THIRD_SMOOTH * lanes + lane, third_smooth.to(tl.int32), mask=active)
-        tl.store(marks + _GUARD_STEPS * lanes + lane, guard_steps, mask=working)
-        tl.store(marks + _SCAN_INDEX * lanes + lane, scan_index, mask=scanning)
-        start += BLOCK
-    tl.store(settled_count, tl.sum(count, axis=0))
+    going = active & (settled == 0)
+    tl.store(numbers + _X * lanes + lane, next_x, mask=active)
+    tl.store(numbers + _RADIUS * lanes + lane, tl.exp(next_x), mask=going)
+    tl.store(numbers + _INSIDE_X * lanes + lane, low_x, mask=active)
+    tl.store(numbers + _INSIDE_LOSS * lanes + lane, low_loss, mask=active)
+    tl.store(numbers + _OUTSIDE_X * lanes + lane, high_x, mask=active)
+    tl.store(numbers + _OUTSIDE_LOSS * lanes + lane, high_loss, mask=active)
+    tl.store(numbers + _THIRD_X * lanes + lane, third_x, mask=active)
+    tl.store(numbers + _THIRD_LOSS * lanes + lane, third_loss, mask=active)
+    tl.store(numbers + _LAST_STEP * lanes + lane, step, mask=stepping & (capped == 0))
+    tl.store(numbers + _GUARD_WIDTH * lanes + lane, guard_width, mask=working)
+    tl.store(marks + _PHASE * lanes + lane, next_phase, mask=active)
+    tl.store(marks + _STATUS * lanes + lane, status, mask=settled)
+    tl.store(marks + _EVALUATIONS * lanes + lane, evaluations, mask=active)
+    tl.store(marks + _REENTRANT * lanes + lane, found.to(tl.int32), mask=found)
+    tl.store(marks + _INSIDE_KNOWN * lanes + lane, low_known.to(tl.int32), mask=active)
+    tl.store(marks + _OUTSIDE_KNOWN * lanes + lane, high_known.to(tl.int32), mask=active)
+    tl.store(marks + _OUTSIDE_SMOOTH * lanes + lane, high_smooth.to(tl.int32), mask=active)
+    tl.store(marks + _THIRD_KNOWN * lanes + lane, third_known.to(tl.int32), mask=active)
+    tl.store(marks + _THIRD_SMOOTH * lanes + lane, third_smooth.to(tl.int32), mask=active)
+    tl.store(marks + _GUARD_STEPS * lanes + lane, guard_steps, mask=working)
+    tl.store(marks + _SCAN_INDEX * lanes + lane, scan_index, mask=scanning)

@@ -1,8 +1,10 @@
 """Where rays are searched: on the engine's device as far as that goes, else by the core's loop.
 
-On a device the lanes are two groups. While one group's round runs the host reads how many lanes of
-the other have settled, and gives them new directions: neither waits for the other. On the way out
-of memory the lanes are halved and the same rays searched again, which has the same answer.
+On a device the lanes are two groups. While one group's round runs the host reads how many searches
+of the other have ended, all that it is told in a round, and has new directions made: neither waits
+for the other. Only the device knows which lanes these are on, and it keeps what was found. On
+the way out of memory the lanes are halved and the same rays searched again, which has the same
+answer.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .._problem import Problem
-from .._reference.search_step import Mark, Number, Phase, Rule
-from ..engines.memory import to_device
+from .._reference.refill import Found
+from .._reference.search_step import Rule
 from ..engines.protocol import DeviceEngine, OffDeviceError
 from ..engines.rounds import Pools, Rounds
 from ..errors import FastvolError
@@ -103,7 +105,7 @@ def _attempt(
     options: Mapping[str, Any],
 ) -> Results:
     if engine not in _loops:
-        _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step)
+        _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step, problem.backend.refill)
     loop = _loops[engine]
     if loop is None:
         raise OffDeviceError("it has been tried")
@@ -120,27 +122,15 @@ def _tell(problem: Problem, text: str) -> None:
         told.append(text)
 
 
-class _Group:
-    """Some lanes with their rounds, and the items on them."""
-
-    def __init__(self, rounds: Rounds) -> None:
-        self.rounds = rounds
-        self.items = np.full(rounds.state.lanes, -1)
-
-    @property
-    def carried(self) -> int:
-        return int((self.items >= 0).sum())
-
-
 class _DeviceLoop:
     """The lane loop of one engine on its device.
 
     Args:
         engine: evaluates the lanes.
-        threshold_step: the backend's.
+        threshold_step, refill: the backend's.
     """
 
-    def __init__(self, engine: DeviceEngine, threshold_step: Any) -> None:
+    def __init__(self, engine: DeviceEngine, threshold_step: Any, refill: Any) -> None:
         # The engine is the key under which this is kept.
         self._engine = weakref.proxy(engine)
         self.device = engine.device
@@ -148,19 +138,19 @@ class _DeviceLoop:
         middle = (engine.lanes + 1) // 2
         bounds = [0, middle, engine.lanes] if engine.lanes > 1 else [0, 1]
         self._groups = [
-            _Group(Rounds(self._engine, slice(a, b), threshold_step, pools))
+            Rounds(self._engine, slice(a, b), threshold_step, refill, pools)
             for a, b in itertools.pairwise(bounds)
         ]
 
     @property
     def described(self) -> str:
         """What runs the rounds."""
-        captured = any(group.rounds.is_captured for group in self._groups)
+        captured = any(group.is_captured for group in self._groups)
         return f"{self.device.type}, {'CUDA graph' if captured else 'operation by operation'}"
 
     def troubles(self) -> set[str]:
         """Why rounds are not captured."""
-        found = {group.rounds.trouble for group in self._groups}
+        found = {group.trouble for group in self._groups}
         return {f"CUDA graph: {trouble}" for trouble in found if trouble is not None}
 
     def run(self, loss: RayLoss, start: Float, scan: bool, options: Mapping[str, Any]) -> Results:
@@ -174,82 +164,51 @@ class _DeviceLoop:
         began, before = time.perf_counter(), loss.seconds
         n = len(start)
         starts = torch.from_numpy(np.ascontiguousarray(start)).to(self.device)
-        results = _Found(n, self.device)
+        found = Found.empty(n, self.device)
         rules = _rules(options, loss.limit)
-        for group in self._groups:
-            group.items[:] = -1
-            group.rounds.state.clear()
-            group.rounds.state.keep_rules(rules)
         fresh = 0
         for group in self._groups:
-            fresh += self._fill(group, loss, starts, fresh, scan)
+            group.clear(rules)
+            fresh += self._fill(group, loss, found, starts, fresh, scan)
             if group.carried:
-                group.rounds.begin()
+                group.begin()
         under_way = [group for group in self._groups if group.carried]
         while under_way:
             for group in under_way:
-                settled, carried = group.rounds.settled(), group.carried
+                settled, carried = group.settled(), group.carried
                 enough = fresh < n and settled >= max(1, _REFILL_SHARE * carried)
                 if settled == carried or enough:
-                    self._collect(group, results)
-                    fresh += self._fill(group, loss, starts, fresh, scan)
+                    fresh += self._fill(group, loss, found, starts, fresh, scan)
                 if group.carried:
-                    group.rounds.begin()
+                    group.begin()
             under_way = [group for group in under_way if group.carried]
         loss.finish_loading()
-        found = results.read()
-        loss.n_loss += int(found[2].sum())
+        results = _read(found)
+        loss.n_loss += int(results[2].sum())
         # With what loading has counted already.
         loss.seconds = before + time.perf_counter() - began
-        return found
+        return results
 
-    def _fill(self, group: _Group, loss: RayLoss, starts: Tensor, fresh: int, scan: bool) -> int:
+    def _fill(
+        self, group: Rounds, loss: RayLoss, found: Found, starts: Tensor, fresh: int, scan: bool
+    ) -> int:
         """Puts the next items on the free lanes of a group; returns how many."""
-        free = np.flatnonzero(group.items < 0)[: len(starts) - fresh]
-        if not len(free):
-            return 0
-        items = np.arange(fresh, fresh + len(free))
-        lanes = free + group.rounds.lanes.start
-        loss.load_async(lanes, items)
-        self._engine.prepare(lanes)
-        group.items[free] = items
-        where = to_device(free, self.device)
-        group.rounds.state.begin(where, starts[fresh : fresh + len(free)], scan=scan)
-        return len(free)
-
-    def _collect(self, group: _Group, results: _Found) -> None:
-        """Takes the results of a group's settled lanes, which are idle then."""
-        which = group.rounds.which()
-        state = group.rounds.state
-        lanes = to_device(which, self.device)
-        items = to_device(group.items[which], self.device)
-        results.put(items, state.numbers, state.marks, lanes)
-        state.marks[Mark.PHASE].index_fill_(0, lanes, int(Phase.IDLE))
-        group.items[which] = -1
+        count, lanes = group.refill(found, starts, fresh, scan=scan)
+        if count:
+            loss.load_async(lanes, np.arange(fresh, fresh + count))
+            self._engine.prepare(lanes)
+        return count
 
 
-class _Found:
-    """The results of n items, on the device until they are read."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self._x = torch.zeros(n, dtype=torch.float64, device=device)
-        self._marks = torch.zeros((3, n), dtype=torch.int32, device=device)
-
-    def put(self, items: Tensor, numbers: Tensor, marks: Tensor, lanes: Tensor) -> None:
-        """Keeps what the searches on some lanes found."""
-        self._x.index_copy_(0, items, numbers[Number.X, lanes])
-        for row, mark in enumerate((Mark.STATUS, Mark.EVALUATIONS, Mark.REENTRANT)):
-            self._marks[row].index_copy_(0, items, marks[mark, lanes])
-
-    def read(self) -> Results:
-        """All of it, on the host."""
-        marks = self._marks.cpu().numpy()
-        return (
-            self._x.cpu().numpy(),
-            marks[0].astype(np.uint8),
-            marks[1],
-            marks[2].astype(np.uint8),
-        )
+def _read(found: Found) -> Results:
+    """All of it, on the host."""
+    marks = found.marks[:, :-1].cpu().numpy()
+    return (
+        found.x[:-1].cpu().numpy(),
+        marks[0].astype(np.uint8),
+        marks[1].copy(),
+        marks[2].astype(np.uint8),
+    )
 
 
 def _rules(options: Mapping[str, Any], limit: float) -> dict[Rule, float]:

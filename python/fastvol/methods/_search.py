@@ -91,8 +91,11 @@ class RayLoss:
             self.proposal_shift[items] = rows.proposal_shift
         self.seconds += time.perf_counter() - began
 
-    def load_async(self, lanes: Int, items: Int) -> None:
-        """As :meth:`load`, without waiting for a device; :meth:`finish_loading` ends it."""
+    def load_async(self, lanes: Int | torch.Tensor, items: Int) -> None:
+        """As :meth:`load`, without waiting for a device; :meth:`finish_loading` ends it.
+
+        The device may be all that knows the lanes: the host waits for them where it has to.
+        """
         began = time.perf_counter()
         told = None
         if self.proposal is None and isinstance(self._engine, DeviceEngine):
@@ -100,7 +103,7 @@ class RayLoss:
             rays = Indexed(problem.seed, ids, stream=self.stream, antithetic=problem.antithetic)
             told = self._engine.load_async(lanes, rays)
         if told is None:
-            self.load(lanes, items)
+            self.load(lanes.cpu().numpy() if isinstance(lanes, torch.Tensor) else lanes, items)
             return
         self._untold.append((items, *told))
         self.seconds += time.perf_counter() - began

@@ -119,19 +119,34 @@ class LayeredEngine(GeneralEngine):
         self._ids_here = torch.zeros(self.lanes, dtype=torch.int64, device=self.device)
         self._numbers_here = torch.arange(self.lanes, device=self.device)
 
-    def _note(self, lanes: Int, rays: Rays) -> None:
+    def _note(self, lanes: Int | Tensor, rays: Rays) -> None:
         """Which directions the lanes hold, for kernels that make them."""
-        plain = isinstance(rays, Indexed) and rays.preconditioner is None
-        if self._by_kernels is None or not plain or not isinstance(rays, Indexed):
-            self._family[lanes] = self._latest = -1
+        self._latest = self._family_of(rays)
+        if isinstance(lanes, np.ndarray):
+            self._family[lanes] = self._latest
+        if self._latest < 0 or not isinstance(rays, Indexed):
             return
-        family = Family(rays.seed, rays.stream, rays.antithetic)
-        if family not in self._families:
-            self._families.append(family)
-        self._family[lanes] = self._latest = self._families.index(family)
         self._ids_here.index_copy_(
             0, to_device(lanes, self.device), to_device(rays.ids, self.device)
         )
+
+    def _family_of(self, rays: Rays) -> int:
+        """Which family kernels make the rays from; -1 where they cannot."""
+        plain = isinstance(rays, Indexed) and rays.preconditioner is None
+        if self._by_kernels is None or not plain or not isinstance(rays, Indexed):
+            return -1
+        family = Family(rays.seed, rays.stream, rays.antithetic)
+        if family not in self._families:
+            self._families.append(family)
+        return self._families.index(family)
+
+    def _learned(self, lanes: Int, rays: Indexed) -> None:
+        super()._learned(lanes, rays)
+        for lane in lanes.tolist():
+            self._pairs.forget(lane)
+        self._family[lanes] = self._family_of(rays)
+        # What the device alone has loaded has been shown at once.
+        self._fresh[lanes] = False
 
     def _noise(self, index: Tensor | slice, family: int, coefficient: Tensor | None) -> Noise:
         """Of some lanes."""
@@ -183,6 +198,7 @@ class LayeredEngine(GeneralEngine):
 
     def load(self, lanes: Int, rays: Rays) -> RayInfo:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        self._learn()
         paired = isinstance(rays, Indexed) and rays.antithetic and rays.preconditioner is None
         for lane in lanes.tolist():
             self._pairs.forget(lane)
@@ -211,19 +227,17 @@ class LayeredEngine(GeneralEngine):
         self._spread(lanes)
         return info
 
-    def load_async(self, lanes: Int, rays: Rays) -> tuple[Tensor, Tensor] | None:
+    def load_async(self, lanes: Int | Tensor, rays: Rays) -> tuple[Tensor, Tensor] | None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         if self._row_space is not None or (isinstance(rays, Indexed) and rays.antithetic):
             return None
-        for lane in lanes.tolist():
-            self._pairs.forget(lane)
         told = super().load_async(lanes, rays)
         if told is not None:
             self._note(lanes, rays)
             self._spread(lanes)
         return told
 
-    def _made_async(self, lanes: Int, rays: Indexed) -> tuple[Tensor, Tensor] | None:
+    def _made_async(self, lanes: Int | Tensor, rays: Indexed) -> tuple[Tensor, Tensor] | None:
         if self._rows is None and self._is_fused:
             return self._reductions(rays)
         return super()._made_async(lanes, rays)
@@ -245,7 +259,7 @@ class LayeredEngine(GeneralEngine):
             device=self.device,
         )
 
-    def _spread(self, lanes: Int) -> None:
+    def _spread(self, lanes: Int | Tensor) -> None:
         """Puts new directions where the coordinates lie that do not move."""
         if self._full is not None:
             assert self._rows is not None
@@ -253,7 +267,8 @@ class LayeredEngine(GeneralEngine):
             full = self._full.new_zeros((len(lanes), self._layout.size))
             full[:, self._index] = self._rows[index]
             self._full.index_copy_(0, index, full)
-        self._fresh[lanes] = True
+        if isinstance(lanes, np.ndarray):
+            self._fresh[lanes] = True
 
     def resize(self, lanes: int) -> None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
@@ -313,30 +328,37 @@ class LayeredEngine(GeneralEngine):
         """What is kept of one direction for all its radii."""
         return sum(program.bytes_of_changes for program in self._programs)
 
-    def _show(self, lanes: Int) -> None:
-        """Lets the programs make what they keep of some directions."""
+    def _show(self, lanes: Int | Tensor) -> None:
+        """Lets the programs make what they keep of some directions, the latest on the device."""
         # One direction after the other stays in a CPU's caches; a GPU wants few large operations.
         if self.device.type != "cpu" or self._by_kernels is not None:
             self._show_together(lanes)
             return
         if len(lanes):
+            lanes = lanes.numpy() if isinstance(lanes, Tensor) else lanes
             for program in self._programs:
                 program.load(lanes, self._direction)
             self._fresh[lanes] = False
 
-    def _show_together(self, lanes: Int) -> None:
+    def _show_together(self, lanes: Int | Tensor) -> None:
         """As :meth:`_show`, many directions in one operation."""
+        if isinstance(lanes, Tensor):
+            self._show_alike(lanes, self._latest)
+            return
         for family in np.unique(self._family[lanes]).tolist():
-            alike = lanes[self._family[lanes] == family]
-            # Kernels that make the noise need no room for it.
-            unseen = family >= 0 and not any(program.shown for program in self._programs)
-            at_once = len(alike) if unseen else _SHOWN_AT_ONCE
-            for first in range(0, len(alike), at_once):
-                some = to_device(alike[first : first + at_once], self.device)
-                noise = self._noise(some, family, None) if family >= 0 else None
-                for program in self._programs:
-                    program.load_together(some, self._parameter_rows, noise)
+            self._show_alike(lanes[self._family[lanes] == family], family)
         self._fresh[lanes] = False
+
+    def _show_alike(self, alike: Int | Tensor, family: int) -> None:
+        """As :meth:`_show_together`, of one family."""
+        # Kernels that make the noise need no room for it.
+        unseen = family >= 0 and not any(program.shown for program in self._programs)
+        at_once = len(alike) if unseen else _SHOWN_AT_ONCE
+        for first in range(0, len(alike), at_once):
+            some = to_device(alike[first : first + at_once], self.device)
+            noise = self._noise(some, family, None) if family >= 0 else None
+            for program in self._programs:
+                program.load_together(some, self._parameter_rows, noise)
 
     def _parameter_rows(self, lanes: Tensor, position: int) -> Tensor:
         """s⊙z of one parameter on some lanes ``[k, *shape]``."""
@@ -355,6 +377,7 @@ class LayeredEngine(GeneralEngine):
 
     def loss(self, radii: Float, lanes: Int | None = None, *, limit: float = math.inf) -> Losses:
         """See :class:`fastvol.engines.protocol.Engine`."""
+        self._learn()
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total, outside = np.zeros(len(lanes)), np.zeros(len(lanes), dtype=np.bool_)
         with torch.no_grad(), self.arithmetic():
@@ -395,10 +418,10 @@ class LayeredEngine(GeneralEngine):
             noise = None if noise is None else noise.of(index)
         return total, outside
 
-    def prepare(self, lanes: Int) -> None:
+    def prepare(self, lanes: Int | Tensor) -> None:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
         with torch.no_grad(), self.arithmetic():
-            self._show(lanes[self._fresh[lanes]])
+            self._show(lanes if isinstance(lanes, Tensor) else lanes[self._fresh[lanes]])
 
     def loss_parts(self, radii: Tensor, lanes: slice) -> Iterator[LossPart]:
         """See :class:`fastvol.engines.protocol.DeviceEngine`."""
@@ -456,6 +479,7 @@ class LayeredEngine(GeneralEngine):
         """See :class:`fastvol.engines.protocol.Engine`."""
         if self._row_space is not None:
             raise ValueError("noise='rowspace' has no gradients; use noise='full'")
+        self._learn()
         lanes = np.arange(self.lanes) if lanes is None else lanes
         total = np.zeros(len(lanes))
         gradients = torch.zeros((len(lanes), self._layout.size)).to(self._theta0)
