@@ -4,6 +4,7 @@
 
 namespace fastvol::tests {
 void test_noise();
+void test_rounds();
 void test_search();
 void test_radial();
 void test_log_mean_exp();
@@ -13,6 +14,7 @@ void test_losses();
 int main() {
     using namespace fastvol::tests;
     test_noise();
+    test_rounds();
     test_search();
     test_radial();
     test_log_mean_exp();

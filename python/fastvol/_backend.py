@@ -46,6 +46,7 @@ class Backend:
     perturbed_conv2d: Callable[..., Tensor]
     scaled_add: Callable[..., Tensor]
     search: Callable[..., Any]
+    run_rounds: Callable[..., None]
     log_ball_volume: Callable[[int], float]
     log_radial_lebesgue: Callable[..., Float]
     log_radial_gaussian: Callable[..., Float]
@@ -124,6 +125,7 @@ def _torch_backend() -> Backend:
         perturbed,
         radial,
         refill,
+        rounds,
         search,
         threshold_step,
     )
@@ -143,6 +145,7 @@ def _torch_backend() -> Backend:
         perturbed_conv2d=perturbed.perturbed_conv2d,
         scaled_add=perturbed.scaled_add,
         search=search.search,
+        run_rounds=rounds.run_rounds,
         log_ball_volume=radial.log_ball_volume,
         log_radial_lebesgue=radial.log_radial_lebesgue,
         log_radial_gaussian=radial.log_radial_gaussian,
@@ -269,6 +272,7 @@ def _cpp_backend(core: Any) -> Backend:
         perturb=perturb,
         ray_losses=ray_losses,
         search=core.search,
+        run_rounds=core.run_rounds,
         log_ball_volume=core.log_ball_volume,
         log_radial_lebesgue=core.log_radial_lebesgue,
         log_radial_gaussian=core.log_radial_gaussian,

@@ -13,6 +13,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._backend import Backend
 from .._problem import Problem
 from .._reference.refill import Found
 from .._reference.search_step import Rule
@@ -105,7 +107,7 @@ def _attempt(
     options: Mapping[str, Any],
 ) -> Results:
     if engine not in _loops:
-        _loops[engine] = _DeviceLoop(engine, problem.backend.threshold_step, problem.backend.refill)
+        _loops[engine] = _DeviceLoop(engine, problem.backend)
     loop = _loops[engine]
     if loop is None:
         raise OffDeviceError("it has been tried")
@@ -127,18 +129,19 @@ class _DeviceLoop:
 
     Args:
         engine: evaluates the lanes.
-        threshold_step, refill: the backend's.
+        backend: runs the loop, and its kernels the rounds.
     """
 
-    def __init__(self, engine: DeviceEngine, threshold_step: Any, refill: Any) -> None:
+    def __init__(self, engine: DeviceEngine, backend: Backend) -> None:
         # The engine is the key under which this is kept.
         self._engine = weakref.proxy(engine)
         self.device = engine.device
+        self._run_rounds = backend.run_rounds
         pools = Pools()
         middle = (engine.lanes + 1) // 2
         bounds = [0, middle, engine.lanes] if engine.lanes > 1 else [0, 1]
         self._groups = [
-            Rounds(self._engine, slice(a, b), threshold_step, refill, pools)
+            Rounds(self._engine, slice(a, b), backend.threshold_step, backend.refill, pools)
             for a, b in itertools.pairwise(bounds)
         ]
 
@@ -166,22 +169,12 @@ class _DeviceLoop:
         starts = torch.from_numpy(np.ascontiguousarray(start)).to(self.device)
         found = Found.empty(n, self.device)
         rules = _rules(options, loss.limit)
-        fresh = 0
         for group in self._groups:
             group.clear(rules)
-            fresh += self._fill(group, loss, found, starts, fresh, scan)
-            if group.carried:
-                group.begin()
-        under_way = [group for group in self._groups if group.carried]
-        while under_way:
-            for group in under_way:
-                settled, carried = group.settled(), group.carried
-                enough = fresh < n and settled >= max(1, _REFILL_SHARE * carried)
-                if settled == carried or enough:
-                    fresh += self._fill(group, loss, found, starts, fresh, scan)
-                if group.carried:
-                    group.begin()
-            under_way = [group for group in under_way if group.carried]
+        supplied = [
+            _Supplied(group, self._engine, loss, found, starts, scan) for group in self._groups
+        ]
+        self._run_rounds(supplied, items=n, refill_share=_REFILL_SHARE)
         loss.finish_loading()
         results = _read(found)
         loss.n_loss += int(results[2].sum())
@@ -189,15 +182,40 @@ class _DeviceLoop:
         loss.seconds = before + time.perf_counter() - began
         return results
 
-    def _fill(
-        self, group: Rounds, loss: RayLoss, found: Found, starts: Tensor, fresh: int, scan: bool
-    ) -> int:
-        """Puts the next items on the free lanes of a group; returns how many."""
-        count, lanes = group.refill(found, starts, fresh, scan=scan)
+
+@dataclass(frozen=True)
+class _Supplied:
+    """A group of lanes as the loop sees it: what it takes is loaded too.
+
+    Args:
+        rounds: of the group.
+        engine: evaluates the lanes.
+        loss: the rays that the items are.
+        found, starts, scan: see :func:`fastvol._reference.refill.refill`.
+    """
+
+    rounds: Rounds
+    engine: DeviceEngine
+    loss: RayLoss
+    found: Found
+    starts: Tensor
+    scan: bool
+
+    def refill(self, first: int) -> int:
+        """See :class:`fastvol._reference.rounds.LaneGroup`."""
+        count, lanes = self.rounds.refill(self.found, self.starts, first, scan=self.scan)
         if count:
-            loss.load_async(lanes, np.arange(fresh, fresh + count))
-            self._engine.prepare(lanes)
+            self.loss.load_async(lanes, np.arange(first, first + count))
+            self.engine.prepare(lanes)
         return count
+
+    def begin(self) -> None:
+        """See :class:`fastvol._reference.rounds.LaneGroup`."""
+        self.rounds.begin()
+
+    def settled(self) -> int:
+        """See :class:`fastvol._reference.rounds.LaneGroup`."""
+        return self.rounds.settled()
 
 
 def _read(found: Found) -> Results:
