@@ -39,6 +39,7 @@ from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
 from .metrics import Metric, metric_scale
 from .result import Rays, VolumeEstimate
+from .sampling.division import helping, processes_for
 
 _BLOCK = 1024
 # On a GPU many lanes run dry at the end of a block.
@@ -329,6 +330,7 @@ def estimate(  # type: ignore[misc]
                     found, chosen = plan_of_folder(
                         stored, layout, engine=engine, backend=backend, lanes=lane_count
                     )
+            is_new = found is None
             if found is None and writing is not None:
                 found = plan_in_place(
                     objective,
@@ -353,6 +355,9 @@ def estimate(  # type: ignore[misc]
                 )
                 if noise == "rowspace":
                     found = replace(found, cached=True)
+            if is_new and work.team is not None and method != "radial" and noise == "full":
+                setting = (objective, layout, ray_scale, found, chosen)
+                found = replace(found, processes=processes_for(setting, work.team.size, start))
             return found
 
         versions = _versions(layout)
@@ -408,7 +413,8 @@ def estimate(  # type: ignore[misc]
         if len(devices) > 1:
             others = elsewhere(problem, devices[1:], loss_fn, data, parameters)
             problem = replace(problem, elsewhere=others)
-        results = within_memory(run_method, problem)
+        with helping(problem):
+            results = within_memory(run_method, problem)
     return results[0] if single else results
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ._processes import Team
+from ._tasks import Tasks
 from .checkpoints.files import Piece
 from .checkpoints.folder import Folder
 
@@ -47,6 +48,8 @@ class Work:
         self.folder = folder
         self.on_interrupt = on_interrupt
         self.team = team
+        # What the processes do for each other meanwhile.
+        self.tasks: Tasks | None = None
         # PyTorch's, in every thread that computes.
         self.threads: int | None = None
         # For the error that an interrupt ends in.
