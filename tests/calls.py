@@ -170,6 +170,9 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
         return rays(checkpoint=folder, n=2000, loss_fn=Dying(100) if dies else F.mse_loss)
     if name in DIVIDED:
         return divided(name, pause=PAUSE)
+    if name == "planned":
+        # A trace would leave the pause out.
+        return divided("annealed", pause=3 * PAUSE, n=60, plan=None, engine="general")
     if name == "divided, kept":
         return divided("annealed", pause=PAUSE, n=600, checkpoint=folder)
     if name.startswith("helper "):
