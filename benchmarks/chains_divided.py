@@ -35,7 +35,7 @@ from .record import RESULTS, record
 
 # Widths, examples, n, and the standard deviation of the normal law.
 WORKS: dict[str, tuple[tuple[int, ...], int, int, float]] = {
-    "784-64-10, 2,000 examples": ((784, 64, 10), 2000, 400, 0.02),
+    "784-64-10, 2,000 examples": ((784, 64, 10), 2000, 60, 0.1),
     "4-8-3, 50 examples": ((4, 8, 3), 50, 4000, 1.0),
 }
 SHORT = "4-8-3, 50 examples"

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import fastvol
-from fastvol import FastvolError, _processes
+from fastvol import FastvolError, _processes, _tasks
 from fastvol._processes import Members, Team
 from fastvol._tasks import Tasks
 from fastvol.checkpoints.inspection import Contents
@@ -366,7 +366,13 @@ def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_parts_are_evaluated_once_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("near", [True, False])
+def test_parts_are_evaluated_once_and_leave_nothing(
+    near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not near:
+        machines = (f"machine-{i}" for i in itertools.count())
+        monkeypatch.setattr(_tasks, "_machine", lambda: next(machines))
     monkeypatch.setattr(_processes, "_CHUNK", 100)
     crew, rounds = Crew(4, monkeypatch), 20
     # Nobody falls silent here.
@@ -401,10 +407,15 @@ def test_parts_are_evaluated_once_and_leave_nothing(monkeypatch: pytest.MonkeyPa
             team.publish(b"over")
         else:
             team.receive()
+        if team.rank in (0, 2):
+            assert tasks._near is near
+        tasks.close()
         team.close(None)
         return tasks.given, tasks.taken
 
+    files = len(os.listdir("/proc/self/fd"))
     results = crew.each(work)
+    assert len(os.listdir("/proc/self/fd")) <= files
     assert all(isinstance(told, tuple) for told in results.values()), results
     assert len(set(evaluated)) == len(evaluated)
     given, taken = (sum(counts) for counts in zip(*results.values(), strict=True))

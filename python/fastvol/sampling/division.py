@@ -146,4 +146,6 @@ def helping(problem: Problem) -> Iterator[None]:
     try:
         yield
     finally:
-        work.team.meanwhile = work.tasks = None
+        work.team.meanwhile = None
+        work.tasks.close()
+        work.tasks = None

@@ -135,16 +135,15 @@ class Evaluator:
         """
         info = dict(sheet.info)
         kind = info.pop("kind")
-        operation: Callable[..., tuple[dict[str, npt.NDArray[Any]], Tensor | None]]
-        operation = {
+        operations: dict[str, Callable[..., tuple[dict[str, npt.NDArray[Any]], Tensor | None]]] = {
             "search": self._search,
             "losses": self._losses,
             "gradients": self._gradients,
-        }[kind]
+        }
         assert sheet.vectors is not None
         self._n_loss = 0
         fresh = kind not in self._kinds
-        columns, vectors = operation(sheet.vectors, **sheet.columns, **info)
+        columns, vectors = operations[kind](sheet.vectors, **sheet.columns, **info)
         self._kinds.add(kind)
         n_grad = len(sheet) if kind == "gradients" else 0
         spent = {"n_loss": self._n_loss, "n_grad": n_grad, "fresh": int(fresh)}
