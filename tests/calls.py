@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 import fastvol
 from benchmarks.proofs import bodies
-from fastvol import _processes
+from fastvol import _processes, _tasks, _work
 
+# Seconds of a slow loss.
+PAUSE = 0.001
 PLAN: dict[str, Any] = {
     "engine": "general",
     "chunk": 4,
@@ -64,6 +67,51 @@ def chains(**options: Any) -> fastvol.VolumeEstimate:
     return result
 
 
+# Runs of chains that are divided for four processes, whoever they are.
+DIVIDED: dict[str, dict[str, Any]] = {
+    "annealed": {"replicates": 1},
+    "replicated": {"replicates": 3},
+    "splitting": {"method": "splitting", "measure": fastvol.Lebesgue(0.5), "replicates": 1},
+    "slices": {"gradients": False, "n": 100, "replicates": 1},
+    "learned": {"preconditioner": "auto", "n": 600, "replicates": 1},
+    "given law": {"preconditioner": "hessian", "measure": fastvol.Gaussian(0.7, "origin")},
+    "boundary": {"method": "preconditioned", "preconditioner": "boundary"},
+}
+
+
+class BodyLoss:
+    """The loss of a body; slow enough for others to come in, where it is asked to be."""
+
+    def __init__(self, *, gradients: bool = True, pause: float = 0.0) -> None:
+        self._gradients, self._pause = gradients, pause
+        self.__qualname__ = "value"
+
+    def __call__(self, model: nn.Module) -> Any:
+        if self._pause:
+            time.sleep(self._pause)
+        value = bodies.loss(model)
+        return value if self._gradients else float(value)
+
+
+def divided(name: str, *, pause: float = 0.0, **options: Any) -> fastvol.VolumeEstimate:
+    """One of :data:`DIVIDED`."""
+    settings = {**DIVIDED[name], **options}
+    gradients = settings.pop("gradients", True)
+    chunk = 4 if gradients else 1
+    loss = settings.pop("loss_fn", BodyLoss(gradients=gradients, pause=pause))
+    body = bodies.ellipsoid(10, 1e3)
+    plan = {**PLAN, "chunk": chunk, "lanes": 16, "processes": 4}
+    settings = {
+        "n": 250, "threshold": 1.0, "method": "annealed", "progress": False, "preconditioner": None,
+        "plan": plan, **settings,
+    }  # fmt: skip
+    result: fastvol.VolumeEstimate
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no gradient")
+        result = fastvol.estimate(body.model(), loss, **settings)
+    return result
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -80,6 +128,22 @@ class Dying:
         if self.calls == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return F.mse_loss(output, target)
+
+
+class DyingBody(BodyLoss):
+    """The loss of a body that ends its process after so many calls, by a signal or an error."""
+
+    def __init__(self, calls: int, how: str) -> None:
+        super().__init__(pause=PAUSE)
+        self.calls, self.how = calls, how
+
+    def __call__(self, model: nn.Module) -> Any:
+        self.calls -= 1
+        if self.calls == 0:
+            if self.how == "error":
+                raise RuntimeError("the cat sat on it")
+            os.kill(os.getpid(), getattr(signal, self.how))
+        return super().__call__(model)
 
 
 def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
@@ -104,6 +168,18 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         dies = first and rank() == 1
         return rays(checkpoint=folder, n=2000, loss_fn=Dying(100) if dies else F.mse_loss)
+    if name in DIVIDED:
+        return divided(name, pause=PAUSE)
+    if name == "planned":
+        # A trace would leave the pause out.
+        return divided("annealed", pause=3 * PAUSE, n=60, plan=None, engine="general")
+    if name == "divided, kept":
+        return divided("annealed", pause=PAUSE, n=600, checkpoint=folder)
+    if name.startswith("helper "):
+        _, victim, calls, how = name.split()
+        dies = rank() == int(victim)
+        own = {"loss_fn": DyingBody(int(calls), how)} if dies else {"pause": PAUSE}
+        return divided("annealed", n=600, checkpoint=folder, **own)
     if name.startswith("rank "):
         _, victim, calls = name.split()
         loss = Dying(int(calls)) if rank() == int(victim) else F.mse_loss
@@ -141,6 +217,8 @@ def told(result: fastvol.VolumeEstimate) -> dict[str, Any]:
 def main() -> None:
     # Where a process dies the others shall know at once.
     _processes._BEAT, _processes._PATIENCE = 0.2, 4.0
+    # Small as the works are, they are divided, and what is done of them is kept.
+    _tasks._PAUSE = _work._SNAPSHOT_PAUSE = 0.0
     torch.set_num_threads(1)
     warnings.simplefilter("error", fastvol.FastvolWarning)
     out = Path(sys.argv[1])
@@ -157,10 +235,15 @@ def main() -> None:
         if name in ("1 is killed", "1 ends"):
             continue
         try:
-            found = told(scenario(name, out / "run"))
+            result = scenario(name, out / "run")
+            found = told(result)
+            if "parts" in result.provenance:
+                (out / f"{name}, parts-{rank()}.json").write_text(
+                    json.dumps(result.provenance["parts"])
+                )
         except fastvol.FastvolError as error:
             found = {"error": str(error)}
-            if name.startswith("rank ") or name == "restarted":
+            if name.startswith(("rank ", "helper ")) or name == "restarted":
                 raise
         text = json.dumps(found)
         (out / f"{name}-{rank()}.json").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 import fastvol
-from fastvol import FastvolError, _processes
+from fastvol import FastvolError, _processes, _tasks
 from fastvol._processes import Members, Team
+from fastvol._tasks import Tasks
 from fastvol.checkpoints.inspection import Contents
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +138,63 @@ def test_a_death_ends_all_and_costs_nothing(victim: int, tmp_path: Path) -> None
         assert plain(resumed) == plain(calls.rays(n=n))
 
 
+@functools.cache
+def divided_alone(name: str) -> fastvol.VolumeEstimate:
+    """One of the divided runs, in this process."""
+    return calls.divided(name)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_chains_of_one_run_are_divided(size: int, tmp_path: Path) -> None:
+    names = list(calls.DIVIDED)
+    processes = started(size, tmp_path, names)
+    outputs = finished(processes)
+    assert [process.returncode for process in processes] == [0] * size, outputs
+    for name in names:
+        alone = divided_alone(name)
+        assert alone.plan["processes"] == 4
+        assert found(tmp_path, name, size) == [plain(alone)] * size, name
+        if isinstance(alone, fastvol.PathEstimate):
+            parts = found(tmp_path, f"{name}, parts", size)
+            given, taken = (sum(own[kind] for own in parts) for kind in ("given", "taken"))
+            assert given == taken
+            assert taken > 20, name
+    # In several parts it is another run than in one, as good as that.
+    whole = calls.divided("annealed", plan={**calls.PLAN, "chunk": 4, "lanes": 16})
+    several = divided_alone("annealed")
+    assert whole.plan["processes"] == 1
+    np.testing.assert_allclose(several.log_volume, whole.log_volume, atol=3 * whole.stderr)
+
+
+def test_a_plan_is_made_for_as_many_processes_as_there_are(tmp_path: Path) -> None:
+    processes = started(3, tmp_path, ["planned"])
+    outputs = finished(processes)
+    assert [process.returncode for process in processes] == [0] * 3, outputs
+    told = found(tmp_path, "planned", 3)
+    assert told[0]["plan"]["processes"] == 3
+    alone = calls.divided("annealed", n=60, plan=told[0]["plan"])
+    assert told == [plain(alone)] * 3
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "error"])
+def test_who_ends_while_it_helps_ends_all(how: str, tmp_path: Path) -> None:
+    processes = started(3, tmp_path, [f"helper 1 150 {how}"])
+    outputs = finished(processes)
+    codes = [process.returncode for process in processes]
+    assert all(code != 0 for code in codes), outputs
+    words = {"SIGKILL": "rank 1 has not been heard of", "SIGTERM": "rank 1: _Terminated"}
+    for other in (outputs[0], outputs[2]):
+        assert words.get(how, "the cat sat on it") in other
+    kept = Contents.of(tmp_path / "run").thresholds[0].chains[0]
+    assert kept.levels or kept.finished
+    # Another number of processes goes on, and then one alone finds it done.
+    again = finished(processes := started(2, tmp_path, ["divided, kept"]))
+    assert [process.returncode for process in processes] == [0, 0], again
+    whole = plain(calls.divided("annealed", n=600))
+    assert found(tmp_path, "divided, kept", 2) == [whole] * 2
+    assert plain(calls.divided("annealed", n=600, checkpoint=tmp_path / "run")) == whole
+
+
 @pytest.mark.parametrize(("how", "words"), [("is killed", "not been heard of"), ("ends", "ended")])
 def test_a_death_between_two_calls(how: str, words: str, tmp_path: Path) -> None:
     began = time.monotonic()
@@ -245,13 +304,13 @@ class Crew:
         store = dist.HashStore()
         store.set_timeout(datetime.timedelta(seconds=5))
         self.results: dict[int, Any] = {}
-        self._size, self._store = size, store
+        self._size, self.store = size, store
 
     def each(self, work: Any) -> dict[int, Any]:
         def run(rank: int) -> None:
             members = None
             try:
-                members = Members(self._store, rank, self._size)
+                members = Members(self.store, rank, self._size)
                 self.results[rank] = work(Team(members))
             except BaseException as error:
                 self.results[rank] = error
@@ -305,6 +364,119 @@ def test_messages_of_any_length_and_claims(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(number for _, claimed in results.values() for number in claimed) == list(
         range(50)
     )
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_parts_are_evaluated_once_and_leave_nothing(
+    near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not near:
+        machines = (f"machine-{i}" for i in itertools.count())
+        monkeypatch.setattr(_tasks, "_machine", lambda: next(machines))
+    monkeypatch.setattr(_processes, "_CHUNK", 100)
+    crew, rounds = Crew(4, monkeypatch), 20
+    # Nobody falls silent here.
+    monkeypatch.setattr(_processes, "_PATIENCE", 30.0)
+    evaluated: list[bytes] = []
+    sizes: list[int] = []
+
+    def answer(data: bytes) -> bytes:
+        time.sleep(0.001)
+        evaluated.append(data)
+        return data[::-1] * 30
+
+    def work(team: Team) -> Any:
+        tasks = Tasks(team, answer)
+        team.meanwhile = tasks.help
+        # Two have work, at the same time; the others wait for a message, or for the end.
+        if team.rank in (0, 2):
+            for i in range(rounds):
+                parts = [bytes([team.rank, i, number]) for number in range(6)]
+                posting = tasks.post(parts[1:])
+                own = [0]
+                time.sleep(0.001)
+                while (part := posting.claim()) is not None:
+                    own.append(part)
+                answers = posting.answers()
+                assert sorted([*own, *answers]) == list(range(6))
+                for number, data in answers.items():
+                    assert data == parts[number][::-1] * 30
+                if team.rank == 0:
+                    sizes.append(crew.store.num_keys())
+        if team.leads:
+            team.publish(b"over")
+        else:
+            team.receive()
+        if team.rank in (0, 2):
+            assert tasks._near is near
+        tasks.close()
+        team.close(None)
+        return tasks.given, tasks.taken
+
+    files = len(os.listdir("/proc/self/fd"))
+    results = crew.each(work)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert all(isinstance(told, tuple) for told in results.values()), results
+    assert len(set(evaluated)) == len(evaluated)
+    given, taken = (sum(counts) for counts in zip(*results.values(), strict=True))
+    assert given == taken == len(evaluated)
+    assert taken > rounds
+    # Two postings may be open, of five parts and their answers in two chunks each.
+    assert max(sizes[3:]) < sizes[2] + 60
+
+
+def test_a_posting_that_is_over_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(2, monkeypatch)
+
+    def work(team: Team) -> Any:
+        tasks = Tasks(team, bytes)
+        if team.leads:
+            posting = tasks.post([b"x", b"y"])
+            assert [posting.claim(), posting.claim(), posting.claim()] == [1, 2, None]
+            assert posting.answers() == {}
+            team.publish(b"now")
+            team._wait("looked")
+            with team.line():
+                return [
+                    name for name in ("1", "2", "next") if team.store.check([f"task/0.1/{name}"])
+                ]
+        team.receive()
+        waits = [tasks.help(), tasks.help()]
+        with team.line():
+            team.store.set("looked", "")
+        return waits, tasks.taken
+
+    results = crew.each(work)
+    waits, taken = results[1]
+    assert min(waits) > 0
+    assert taken == 0
+    assert results[0] == []
+
+
+def test_what_does_not_pay_is_not_divided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(team: Team) -> Any:
+        tasks = Tasks(team, bytes)
+        found = [tasks.pays("search")]
+        tasks.judge("search", 0.5, 1.0)
+        found.append(tasks.pays("search"))
+        tasks.judge("search", 1.0, 0.998)
+        found += [tasks.pays("search"), tasks.pays("losses")]
+        time.sleep(0.3)
+        return [*found, tasks.pays("search")]
+
+    expected = [True, True, False, True, True]
+    assert Crew(1, monkeypatch).each(work) == {0: expected}
+
+
+def test_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(1, monkeypatch)
+
+    def work(team: Team) -> str:
+        monkeypatch.setattr(_processes, "_SLOWEST_POLL", 0.0)
+        team.pause(100_000)
+        return "over"
+
+    assert crew.each(work) == {0: "over"}
 
 
 def test_who_falls_silent_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:

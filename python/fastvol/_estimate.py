@@ -39,6 +39,7 @@ from .measures import Gaussian, Lebesgue
 from .methods._laws import NAMES as PRECONDITIONERS
 from .metrics import Metric, metric_scale
 from .result import Rays, VolumeEstimate
+from .sampling.division import helping, processes_for
 
 # Told from a caller's own 0.1 by identity, so that threshold= and increase= together are an error.
 _DEFAULT_INCREASE: float = 0.1
@@ -330,6 +331,7 @@ def estimate(  # type: ignore[misc]
                         backend=backend,
                         lanes=lane_count,
                     )
+            is_new = found is None
             if found is None and writing is not None:
                 found = plan_in_place(
                     objective,
@@ -356,6 +358,9 @@ def estimate(  # type: ignore[misc]
                 )
                 if noise == "rowspace":
                     found = replace(found, cached=True)
+            if is_new and work.team is not None and method != "radial" and noise == "full":
+                setting = (objective, layout, ray_scale, found, chosen)
+                found = replace(found, processes=processes_for(setting, work.team.size, start))
             return found
 
         versions = _versions(layout)
@@ -411,7 +416,8 @@ def estimate(  # type: ignore[misc]
         if len(devices) > 1:
             others = elsewhere(problem, devices[1:], loss_fn, data, parameters)
             problem = replace(problem, elsewhere=others)
-        results = within_memory(run_method, problem)
+        with helping(problem):
+            results = within_memory(run_method, problem)
     return results[0] if single else results
 
 

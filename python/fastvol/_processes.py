@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -148,9 +148,11 @@ class Team:
         self.rank, self.size = members.rank, members.size
         members.calls += 1
         self._members = members
-        self._store = _below(f"call/{members.calls}", members.store)
+        self.store = _below(f"call/{members.calls}", members.store)
         self._message = self._job = 0
         self._trouble = ""
+        # Called while this process waits for others; it says in how many seconds to call it again.
+        self.meanwhile: Callable[[], float] | None = None
         now = time.monotonic()
         self._heard = {rank: ("", now) for rank in range(self.size) if rank != self.rank}
         members.team = self
@@ -178,24 +180,24 @@ class Team:
     def fail(self, why: str) -> None:
         """Tells the others that this process ends."""
         # The store may have gone first.
-        with contextlib.suppress(Exception), self._line():
-            if not self._store.check(["failed"]):
-                self._store.set("failed", f"rank {self.rank}: {why}")
+        with contextlib.suppress(Exception), self.line():
+            if not self.store.check(["failed"]):
+                self.store.set("failed", f"rank {self.rank}: {why}")
 
     def publish(self, data: bytes) -> None:
         """Rank 0 tells all others."""
         name = self._next_message()
-        with self._line():
-            self._put(name, data)
+        with self.line():
+            self.put(name, data)
 
     def receive(self) -> bytes:
         """What rank 0 told, on any other rank."""
         name = self._next_message()
         self._wait(name)
-        with self._line():
-            data = self._get(name)
-            if self._store.add(f"{name}/read", 1) == self.size - 1:
-                self._delete(name)
+        with self.line():
+            data = self.get(name)
+            if self.store.add(f"{name}/read", 1) == self.size - 1:
+                self.delete(name)
         return data
 
     def job(self) -> str:
@@ -206,28 +208,32 @@ class Team:
     def claim(self, job: str) -> int:
         """The next number of a job, from 0, that nobody has claimed."""
         self.check()
-        with self._line():
-            return int(self._store.add(f"{job}/next", 1)) - 1
+        with self.line():
+            return int(self.store.add(f"{job}/next", 1)) - 1
 
     def send(self, job: str, number: int, data: bytes) -> None:
         """Gives rank 0 what a piece of work gave."""
-        with self._line():
-            self._put(f"{job}/{number}", data)
+        with self.line():
+            self.put(f"{job}/{number}", data)
 
     def collect(self, job: str, number: int) -> bytes | None:
         """What another rank has given for a number, once, on rank 0; ``None`` if not yet."""
         name = f"{job}/{number}"
-        with self._line():
-            if not self._store.check([name]):
+        with self.line():
+            if not self.store.check([name]):
                 return None
-            data = self._get(name)
-            self._delete(name)
+            data = self.get(name)
+            self.delete(name)
         return data
 
     def pause(self, times: int) -> None:
-        """A moment, longer after many of them."""
+        """A moment, longer after many of them; it may be spent on something for others."""
         self.check()
-        time.sleep(min(_POLL * 1.5**times, _SLOWEST_POLL))
+        # A power of a long wait's count would overflow.
+        moment = min(_POLL * 1.5 ** min(times, 20), _SLOWEST_POLL)
+        if self.meanwhile is not None:
+            moment = min(moment, self.meanwhile())
+        time.sleep(moment)
 
     def close(self, failure: BaseException | None) -> None:
         """Ends the call; rank 0, who may keep the store, ends last.
@@ -240,8 +246,8 @@ class Team:
                 if not self._trouble:
                     self.fail(f"{type(failure).__name__}: {failure}")
                 return
-            with self._line():
-                self._store.set(f"done/{self.rank}", "")
+            with self.line():
+                self.store.set(f"done/{self.rank}", "")
             if self.leads:
                 for rank in range(1, self.size):
                     self._wait(f"done/{rank}")
@@ -252,34 +258,37 @@ class Team:
         self._message += 1
         return f"message/{self._message}"
 
-    def _put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
+        """Writes data of any length; within :meth:`line`."""
         parts = range(0, len(data), _CHUNK)
         for i, first in enumerate(parts):
-            self._store.set(f"{name}/part/{i}", data[first : first + _CHUNK])
-        self._store.set(name, str(len(parts)))
+            self.store.set(f"{name}/part/{i}", data[first : first + _CHUNK])
+        self.store.set(name, str(len(parts)))
 
-    def _get(self, name: str) -> bytes:
-        count = int(self._store.get(name))
-        return b"".join(self._store.get(f"{name}/part/{i}") for i in range(count))
+    def get(self, name: str) -> bytes:
+        """What :meth:`put` wrote; within :meth:`line`."""
+        count = int(self.store.get(name))
+        return b"".join(self.store.get(f"{name}/part/{i}") for i in range(count))
 
-    def _delete(self, name: str) -> None:
+    def delete(self, name: str) -> None:
+        """Removes it; within :meth:`line`."""
         # Some kinds of store cannot.
         with contextlib.suppress(RuntimeError, NotImplementedError):
-            for i in range(int(self._store.get(name))):
-                self._store.delete_key(f"{name}/part/{i}")
-            self._store.delete_key(name)
+            for i in range(int(self.store.get(name))):
+                self.store.delete_key(f"{name}/part/{i}")
+            self.store.delete_key(name)
 
     def _wait(self, name: str) -> None:
         times = 0
         while True:
-            with self._line():
-                if self._store.check([name]):
+            with self.line():
+                if self.store.check([name]):
                     return
             self.pause(times)
             times += 1
 
     @contextlib.contextmanager
-    def _line(self) -> Iterator[None]:
+    def line(self) -> Iterator[None]:
         """The store, for one thread at a time."""
         with self._members.lock:
             try:
@@ -289,13 +298,13 @@ class Team:
 
     def _roll_call(self) -> None:
         """Waits until every process has made the call."""
-        with self._line():
-            self._store.set(f"here/{self.rank}", "")
+        with self.line():
+            self.store.set(f"here/{self.rank}", "")
         deadline = time.monotonic() + _ROLL_CALL
         for rank in range(self.size):
             while True:
-                with self._line():
-                    if self._store.check([f"here/{rank}"]):
+                with self.line():
+                    if self.store.check([f"here/{rank}"]):
                         break
                     gone = self._members.has_left(rank)
                 if gone:
@@ -309,8 +318,8 @@ class Team:
         """Notes when another process has failed, or says nothing any more; within the lock."""
         if self._trouble:
             return
-        if self._store.check(["failed"]):
-            self._trouble = _text(self._store.get("failed"))
+        if self.store.check(["failed"]):
+            self._trouble = _text(self.store.get("failed"))
             return
         now = time.monotonic()
         for rank, (before, since) in list(self._heard.items()):
@@ -321,7 +330,7 @@ class Team:
             if heard != before:
                 self._heard[rank] = heard, now
             elif now - since > _PATIENCE:
-                if self._store.check([f"done/{rank}"]):
+                if self.store.check([f"done/{rank}"]):
                     del self._heard[rank]
                     continue
                 self._trouble = (

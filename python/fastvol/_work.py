@@ -17,6 +17,7 @@ import torch
 
 from ._processes import Team
 from ._sharding import Group
+from ._tasks import Tasks
 from .checkpoints.files import Piece
 from .checkpoints.folder import Folder
 
@@ -54,6 +55,8 @@ class Work:
         self.on_interrupt = on_interrupt
         self.team = team
         self.group = group or Group()
+        # What the processes do for each other meanwhile.
+        self.tasks: Tasks | None = None
         # PyTorch's, in every thread that computes.
         self.threads: int | None = None
         # For the error that an interrupt ends in.

@@ -70,6 +70,7 @@ class Plan:
         workers: threads of the layered engine that take some of the lanes each.
         fused: whether it makes the noise of its other layers inside the kernels that need it.
         products: who multiplies its matrices: ``"torch"``, or ``"onednn"`` on a CPU.
+        processes: for how many processes the rays of chains are divided.
         screening: what a search looks at first to learn where to begin: ``"off"``, ``"subset"`` (of
             ``screen_examples`` examples), ``"tf32"``, ``"bfloat16"``, ``"subset in bfloat16"``,
             or ``"unmeasured"``: then a run measures which of them pays.
@@ -95,6 +96,7 @@ class Plan:
     screen_offset: float = 0.0
     fused: bool = False
     products: str = "torch"
+    processes: int = 1
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -136,7 +138,7 @@ class Plan:
                 f"plan['screen_offset'] must be a finite number, got {plan.screen_offset!r}"
             )
         cores = os.cpu_count() or 1
-        most = {"chunk": 2**16, "lanes": 2**16, "block": 2**16}
+        most = dict.fromkeys(("chunk", "lanes", "block", "processes"), 2**16)
         for name in (*most, "threads", "noise_threads", "workers"):
             count = getattr(plan, name)
             if type(count) is not int or not 1 <= count <= most.get(name, cores):

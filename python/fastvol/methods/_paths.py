@@ -134,9 +134,10 @@ class Laboratory:
         self.budget.add(0, 0 if trouble else 1)
         return trouble
 
-    def open(self, law: Proposal | None, chains: int) -> RayField:
-        """The rays of a law."""
-        return RayField(self.problem, self.threshold, self.pilot(law)[0], law, chains)
+    def open(self, law: Proposal | None, chains: int, parts: int | None = None) -> RayField:
+        """The rays of a law, divided for all processes of the plan, or into so many parts."""
+        parts = self.problem.plan.processes if parts is None else parts
+        return RayField(self.problem, self.threshold, self.pilot(law)[0], law, chains, parts)
 
     def improve(self, law: Proposal | None, chains: int, stream: int) -> Proposal | None:
         """A law learned from the boundary, if that pays and can be paid for."""
@@ -298,9 +299,16 @@ def run_paths(
     total_runs = 1 + problem.replicates
     work.note(0, total_runs, "runs of chains")
 
-    def one(law: Proposal | None, chains: int, length: int, stream: int, most: float) -> Run:
+    def one(
+        law: Proposal | None,
+        chains: int,
+        length: int,
+        stream: int,
+        most: float,
+        parts: int | None = None,
+    ) -> Run:
         """A run; it goes on from the last level of which something is kept."""
-        rays = lab.open(law, chains)
+        rays = lab.open(law, chains, parts)
         rng = np.random.default_rng([problem.seed & 0xFFFFFFFF, problem.seed >> 32, 17, stream])
         generator = generator_on(problem.layout.device, rng)
         move = make_move(generator, rng)
@@ -382,12 +390,14 @@ def run_paths(
     # The same for each run, whoever makes the others, and when.
     share = max(budget.left, 0.0) / replicates
     most = _RUNAWAY * max(share, price * chains * length)
+    # So many processes work on each of them.
+    parts = -(-problem.plan.processes // replicates)
     work.note(1, total_runs, "runs of chains")
 
     def main_run(index: int) -> Piece:
         def make() -> tuple[Run, Proposal | None]:
             own = other_law(law, index) if index else law
-            return one(own, chains, length, 2 + index, most), own
+            return one(own, chains, length, 2 + index, most, parts), own
 
         return piece(index, make)
 
@@ -421,6 +431,8 @@ def run_paths(
         "run_seconds": now - began,
         "remarks": [*lab.remarks, *remarks],
     }
+    if work.tasks is not None:
+        provenance["parts"] = {"given": work.tasks.given, "taken": work.tasks.taken}
     share_found, share_error = pieces[0].info["reentrant"]
     return assemble_paths(
         runs,

@@ -24,10 +24,11 @@ from torch import Tensor
 from .._problem import Problem
 from .._proposal import Directions, Proposal
 from .._reference.search import Status
-from ..engines import Dense, Engine
 from ..measures import Gaussian, Lebesgue
 from ..methods._search import Pilot, search_options
 from ..result import log_weights, ray_offsets
+from .division import Division
+from .evaluation import STRIDE, Sheet
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -40,8 +41,6 @@ _SMOOTHED = 3.0
 _STEP = 1e-4
 # Nats over which a force rounds the corner that a cap makes.
 _ROUNDED = 2.0
-# An extrapolation along a ray goes no further, in log radius.
-_STRIDE = 0.7
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ class RayField:
         problem, threshold, pilot: of the run; the pilot's radii are in multiples of v.
         proposal: P and m; ``None`` is isotropic.
         lanes: the most rays evaluated together.
+        parts: into how many they are divided, for as many processes.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class RayField:
         pilot: Pilot,
         proposal: Proposal | None,
         lanes: int,
+        parts: int = 1,
     ) -> None:
         self.problem = problem
         self.threshold = threshold
@@ -139,24 +140,17 @@ class RayField:
         self.lanes = lanes
         self.n_loss = 0
         self.n_grad = 0
-        self._engine: Engine = problem.engine(lanes)
+        self._division = Division(problem, lanes, parts)
         self._loss0 = min(problem.loss0, threshold)
         self._log_gap = math.log(max(threshold - self._loss0, 1e-300))
-        self._options = {**search_options(problem, pilot, threshold), "lanes": lanes}
-        self._items: Tensor | None = None
+        self._options = search_options(problem, pilot, threshold)
 
-    # What the lane loop calls.
-    def load(self, lanes: Int, items: Int) -> None:
-        """Puts directions on lanes, by their place in the batch that is searched."""
-        assert self._items is not None
-        rows = self._items[torch.from_numpy(items).to(self._items.device)]
-        self._engine.load(lanes, Dense(rows))
-
-    def loss(self, lanes: Int, radii: Float) -> Float:
-        """Losses at multiples of v."""
-        self.problem.work.check()
-        self.n_loss += len(lanes)
-        return self._engine.loss(radii, lanes).values
+    def _answer(self, kind: str, v: Tensor, columns: dict[str, Float], **options: Any) -> Sheet:
+        """What :meth:`Evaluator.answer` makes of some rays, and what it spends."""
+        answer = self._division.answer(Sheet(columns, v, {"kind": kind, **options}))
+        self.n_loss += answer.info["n_loss"]
+        self.n_grad += answer.info["n_grad"]
+        return answer
 
     def directions(self, units: Tensor) -> Directions:
         """v = P u and what goes with it."""
@@ -198,9 +192,9 @@ class RayField:
         options = dict(self._options)
         if count and math.isfinite(cap):
             options["log_cap"] = min(self.pilot.log_cap + 30.0, cap - float(rows.log_norm.min()))
-        self._items = rows.v
-        log_rho, status = self.problem.backend.search(self, start, mode="search", **options)[:2]
-        log_radii = log_rho + rows.log_norm
+        options["mode"] = "search"
+        found = self._answer("search", rows.v, {"start": start}, options=options).columns
+        log_radii, status = found["log_multiples"] + rows.log_norm, found["status"]
         beyond = log_radii >= cap
         log_radii[beyond], status[beyond] = cap, Status.UNBOUNDED
         return Population(
@@ -220,24 +214,22 @@ class RayField:
 
     def first_crossings(self, population: Population) -> tuple[Float, Bool]:
         """Scans rays from inside for an earlier crossing: log lengths, and where one was found."""
-        self._items = self.directions(population.units).v
-        log_rho, _, _, found = self.problem.backend.search(
-            self, population.log_multiples, mode="scan", **self._options
-        )
-        reentrant = found.astype(np.bool_)
-        first = np.where(reentrant, log_rho + population.log_norm, population.log_radii)
+        found = self._answer(
+            "search",
+            self.directions(population.units).v,
+            {"start": population.log_multiples},
+            options={**self._options, "mode": "scan"},
+        ).columns
+        reentrant = found["found"].astype(np.bool_)
+        crossings = found["log_multiples"] + population.log_norm
+        first = np.where(reentrant, crossings, population.log_radii)
         return first, reentrant
 
     def inside(self, rows: Directions, log_multiples: Float) -> Bool:
         """Whether the points at some multiples of v lie in the basin, one loss each."""
-        result = np.zeros(len(log_multiples), dtype=np.bool_)
-        for first in range(0, len(result), self.lanes):
-            part = np.arange(first, min(first + self.lanes, len(result)))
-            lanes = np.arange(len(part))
-            self._engine.load(lanes, Dense(rows.v[first : first + len(part)]))
-            losses = self.loss(lanes, np.exp(log_multiples[part]))
-            result[part] = np.isfinite(losses) & (losses <= self.threshold)
-        return result
+        answer = self._answer("losses", rows.v, {"log_multiples": log_multiples})
+        losses: Float = answer.columns["losses"]
+        return np.isfinite(losses) & (losses <= self.threshold)
 
     def reaches(self, rows: Directions, log_target: Float, level: Level) -> tuple[Float, Bool]:
         """Where rays have to reach for a level's log target, and whether they do: one loss each."""
@@ -316,10 +308,9 @@ class RayField:
 
     def gradient(self, units: Tensor, log_multiples: Float) -> Tensor:
         """Pᵀ∇L at some multiples of v, ``[k, d]``; ∇ with respect to metric coordinates."""
-        rows, lanes = self.directions(units), np.arange(len(units))
-        self._engine.load(lanes, Dense(rows.v))
-        gradients: Tensor = self._engine.loss_and_grad(np.exp(log_multiples), lanes)[1]
-        self.n_grad += len(units)
+        rows = self.directions(units)
+        gradients = self._answer("gradients", rows.v, {"log_multiples": log_multiples}).vectors
+        assert gradients is not None
         if self.proposal is not None:
             return self.proposal.preconditioner.rmatvec(gradients)
         return gradients
@@ -353,12 +344,22 @@ class RayField:
         """
         count, d = len(units), self.dim
         rows = self.directions(units)
-        lanes = np.arange(count)
-        self._engine.load(lanes, Dense(rows.v))
-        start = self._refined(rows, np.full(count, log_multiple), level, refinements)
+        answer = self._answer(
+            "gradients",
+            rows.v,
+            {"log_multiples": np.full(count, log_multiple), "caps": self._log_caps(rows, level)},
+            steps=refinements,
+            loss0=self._loss0,
+            log_gap=self._log_gap,
+            slope=self.pilot.slope,
+        )
+        start, losses, gradients = (
+            answer.columns["log_multiples"],
+            answer.columns["losses"],
+            answer.vectors,
+        )
+        assert gradients is not None
         radius = np.exp(start)
-        losses, gradients = self._engine.loss_and_grad(radius, lanes)
-        self.n_grad += count
         if self.proposal is not None:
             gradients = self.proposal.preconditioner.rmatvec(gradients)
         along_ray = (gradients * units).sum(dim=1, dtype=torch.float64)
@@ -368,7 +369,7 @@ class RayField:
             steepness = radius * slope / excess
             step = (self._log_gap - np.log(excess)) / steepness
         usable = (excess > 0) & (slope > 0) & np.isfinite(step)
-        guess = start + np.where(usable, np.clip(np.nan_to_num(step), -_STRIDE, _STRIDE), 0.0)
+        guess = start + np.where(usable, np.clip(np.nan_to_num(step), -STRIDE, STRIDE), 0.0)
         outward = (slope > 0) & np.isfinite(slope) & np.isfinite(losses)
 
         shift = rows.shift(self.problem.offset)
@@ -395,29 +396,6 @@ class RayField:
         force = force - (force * units).sum(dim=1, keepdim=True) * units
         length = force.norm(dim=1, keepdim=True)
         return force * (_LONGEST_FORCE / length.clamp(min=_LONGEST_FORCE)), guess
-
-    def _refined(self, rows: Directions, x: Float, level: Level, steps: int) -> Float:
-        """Log multiples of v nearer to the ends of the rays on the lanes than ``x``, ``[k]``.
-
-        Secants of the log excess loss, the first with the pilot's slope; not beyond the cap.
-        """
-        lanes, caps = np.arange(len(x)), self._log_caps(rows, level)
-        before: tuple[Float, Float] | None = None
-        for _ in range(steps):
-            x = np.minimum(x, caps)
-            excess = self.loss(lanes, np.exp(x)) - self._loss0
-            with np.errstate(divide="ignore", invalid="ignore"):
-                height = np.log(excess) - self._log_gap
-                slope = np.full(len(x), self.pilot.slope)
-                if before is not None:
-                    secant = (height - before[1]) / (x - before[0])
-                    slope = np.where(np.isfinite(secant) & (secant > 0.5), secant, slope)
-                step = -height / slope
-            before = x, height
-            # A loss that is not finite lies far outside, an excess that is not positive far inside.
-            lost = np.where(excess <= 0, _STRIDE, -_STRIDE)
-            x = x + np.clip(np.where(np.isfinite(step), step, lost), -_STRIDE, _STRIDE)
-        return np.minimum(x, caps) if steps else x
 
     def _slope_in_radius(self, x: Float, shift: Float, level: Level) -> Float:
         """∂log W/∂x; a cap is rounded, over as many nats of the target as a leapfrog step moves."""
