@@ -4,7 +4,8 @@
 
 Registers, spills, shared memory and instructions of each kernel as it is launched at real sizes.
 For the noise, the instructions that one more normal costs, by the unit that runs them, and the rate
-at which an H200 could issue them. Exits with 1 where a kernel spills registers.
+at which an H200 could issue them. Exits with 1 where registers are spilled in a kernel's loop, or
+anywhere in one that has none: what is put away once before a loop costs next to nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Compiled:
     instructions: Counter[str]
     shortest: Counter[str]
     """Those on the shortest way through, or through its loop."""
+
+    @property
+    def spills_in_loop(self) -> bool:
+        """Whether the shortest way uses what is spilled."""
+        return any(name.startswith(("LDL", "STL")) for name in self.shortest)
 
     @property
     def total(self) -> int:
@@ -467,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{result.total:12} {sum(result.shortest.values()):8}  {uses}",
             flush=True,
         )
-        if result.spilled:
+        if result.spills_in_loop:
             spilling.append(name)
     print(f"\n{'one more normal':32}" + "".join(f"{unit:>10}" for unit in (*UNITS, "other", "all")))
     for name in (

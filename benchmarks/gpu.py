@@ -23,7 +23,7 @@ import torch
 
 import fastvol
 
-from .gpu_bench import Bench, Row, SkippedError
+from .gpu_bench import PATIENCE, Bench, Row, SkippedError
 from .gpu_kernels import limits, linear, noise, parts, perturb, step
 from .gpu_language import language
 from .gpu_runs import agreement, cifar, cnn, fused, gap, million
@@ -47,8 +47,6 @@ ROWS: tuple[Callable[[Bench], Iterator[Row]], ...] = (
 )
 
 
-# A row whose next figure takes longer than this many seconds hangs.
-_PATIENCE = 100.0
 # How a process ends that has lost its card.
 _CARD_LOST = 3
 
@@ -100,7 +98,7 @@ def supervised(
     command: Callable[[list[str], Path, float], list[str]],
     seconds: float,
     keep: Callable[[list[Row]], object],
-    patience: float = _PATIENCE,
+    patience: float = PATIENCE,
 ) -> list[Row]:
     """Rows from processes of their own: one that breaks or hangs takes no other row with it.
 

@@ -19,6 +19,8 @@ from . import data, networks, peers
 from .problems import THRESHOLD, Problem
 
 RTOL = 1e-3
+# A row whose next figure takes longer than this many seconds hangs.
+PATIENCE = 100.0
 # Of the published code, a direction.
 PUBLISHED = {"mlp": 0.1, "cifar": 1.0}
 _TRAINED, _STEPS = 1e-3, 1500

@@ -39,10 +39,14 @@ def perturb(bench: Bench) -> Iterator[Row]:
         out = torch.empty(lanes, d, device=bench.device)
         ids = torch.arange(lanes, device=bench.device)
         c = torch.ones(lanes, dtype=torch.float64, device=bench.device)
-        for name, s in (("", None), (", scaled", scale)):
+        scales = [("", None), (", scaled", scale)]
+        if lanes == 1:
+            # As a large model's filters have it.
+            scales.append((", a scale a row", scale[: d // bench.size(1000, 100)]))
+        for name, s in scales:
             pass_ = partial(kernels.perturb, out, theta, c, 1, 0, ids, scale=s)
             spent = card.kernel_seconds(pass_, bench.device)
-            moved = 4 * d * (lanes + 1 + (s is not None))
+            moved = 4 * (d * (lanes + 1) + (0 if s is None else len(s)))
             by_bytes = moved / bench.limits["copy"]
             by_integers = lanes * d / bench.limits["normals"]
             least = by_bytes if math.isnan(by_integers) else max(by_bytes, by_integers)

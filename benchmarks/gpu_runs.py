@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastvol._precision import products
 
-from .gpu_bench import PUBLISHED, RTOL, Bench, Row, SkippedError, row
+from .gpu_bench import PATIENCE, PUBLISHED, RTOL, Bench, Row, SkippedError, row
 
 
 def million(bench: Bench) -> Iterator[Row]:
@@ -23,7 +23,8 @@ def million(bench: Bench) -> Iterator[Row]:
     again = bench.estimate(problem, few, plan=first.plan)
     each = again.seconds / few
     result, n = again, few
-    if not bench.smoke and 1e6 * each < 0.4 * bench.left:
+    # Nor for longer than a row may be silent.
+    if not bench.smoke and 1e6 * each < min(0.4 * bench.left, 0.6 * PATIENCE):
         result, n = bench.estimate(problem, 1_000_000), 1_000_000
     spent = result.seconds if n == 1_000_000 else 1e6 * each
     told = "" if n == 1_000_000 else f", extrapolated from {n}"

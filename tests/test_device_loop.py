@@ -733,8 +733,9 @@ def test_convolutions_on_a_gpu() -> None:
 @gpu
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("engine", ["general", "layered"])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_gpu_finds_the_radii_of_the_cpu(engine: str, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "lanes"), [("triton", "auto"), ("triton", 48), ("torch", 48)])
+def test_a_gpu_finds_the_radii_of_the_cpu(engine: str, backend: str, lanes: Any) -> None:
+    """With few lanes most directions are put on some that only the device knows."""
     torch.manual_seed(0)
     x = torch.randn(600, 784)
     model, y = trained(
@@ -755,7 +756,12 @@ def test_a_gpu_finds_the_radii_of_the_cpu(engine: str, backend: str) -> None:
     host = fastvol.estimate(model, F.cross_entropy, data=(x, y), **settings)
     model.cuda()
     device = fastvol.estimate(
-        model, F.cross_entropy, data=(x.cuda(), y.cuda()), backend=backend, **settings
+        model,
+        F.cross_entropy,
+        data=(x.cuda(), y.cuda()),
+        backend=backend,
+        lanes=lanes,
+        **settings,
     )
     agree(host, device, rtol=1e-3)
     assert device.provenance["loop"] == "cuda, CUDA graph"

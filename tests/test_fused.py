@@ -21,6 +21,7 @@ from fastvol._layout import ParameterLayout
 from fastvol._objective import PREFIX, Objective
 from fastvol._precision import products
 from fastvol._reference import perturbed
+from fastvol._reference.refill import refill
 from fastvol._reference.search_step import Number
 from fastvol._reference.threshold_step import threshold_step
 from fastvol.engines import Dense, Indexed, Plan
@@ -314,7 +315,7 @@ def test_rays_that_no_kernel_makes_are_kept() -> None:
 
 def told(engine: LayeredEngine, radii: np.ndarray) -> Tensor:
     """The losses that stay on the device, of all lanes."""
-    rounds = Rounds(engine, slice(0, engine.lanes), threshold_step)
+    rounds = Rounds(engine, slice(0, engine.lanes), threshold_step, refill)
     rounds.state.rules.fill_(1e9)
     everywhere = torch.arange(engine.lanes)
     rounds.state.begin(everywhere, torch.from_numpy(np.log(radii)), scan=False)
@@ -374,7 +375,7 @@ def test_a_captured_round_is_of_one_family() -> None:
     engine = opened(model, data, "triton", fused=True)
     ids = np.arange(LANES)
     engine.load(ids, Indexed(SEED, ids))
-    rounds = Rounds(engine, slice(0, LANES), threshold_step)
+    rounds = Rounds(engine, slice(0, LANES), threshold_step, refill)
     rounds.begin()
     for other in (Indexed(SEED, ids, stream=1), Indexed(SEED + 1, ids)):
         graph: Any = _Stale()

@@ -216,6 +216,40 @@ def test_kernels_write_rays_whose_scale_differs_by_row(
     engine._layout.restore()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric", ["euclidean", "filter"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rays_on_a_gpu(dtype: torch.dtype, metric: str) -> None:
+    """Launch by launch and as a graph, of two families, against the definition."""
+    model = nn.Sequential(nn.Embedding(501, 767), nn.Linear(767, 3071), nn.Linear(3071, 10))
+    model.to("cuda", dtype)
+    layout = ParameterLayout(model)
+    objective = Objective(model, lambda m: m[0].weight.sum(), None, layout.device)
+    scale = metric_scale(metric, layout)[0]
+    plan, other_plan = (plan_of("inplace", layout, 3, name) for name in ("triton", "torch"))
+    own = InPlaceEngine(objective, layout, scale, plan, _backend.select("triton", layout.device))
+    other = InPlaceEngine(objective, layout, scale, other_plan, _backend.select("torch"))
+    launches = own._launches
+    assert launches is not None
+    for stream in (0, 3):
+        rays = Indexed(SEED, np.array([2, 2**40 + 1, 5]), stream=stream, antithetic=True)
+        norms = [engine.load(np.arange(3), rays).norm for engine in (own, other)]
+        np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
+        for lane in (0, 1, 2, 1):
+            written = []
+            for engine in (own, other):
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.fill_(float("nan"))
+                engine._write(lane, 30.0)
+                written.append([p.detach().clone() for p in model.parameters()])
+            for found, wanted in zip(*written, strict=True):
+                assert_close(found, wanted, point(dtype))
+            assert (launches._graph is None) == (lane == 0)
+    own._layout.restore()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """θ = cast(float(θ0) + c·z): the parameters that the model sees, bit for bit."""

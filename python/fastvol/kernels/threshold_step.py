@@ -141,7 +141,7 @@ def _is_finite(x: tl.tensor) -> tl.tensor:
     return tl.abs(x) < float("inf")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes"])
 def move_kernel(
     numbers: tl.tensor,
     marks: tl.tensor,
