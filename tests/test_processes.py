@@ -454,19 +454,34 @@ def test_a_posting_that_is_over_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     assert results[0] == []
 
 
-def test_what_does_not_pay_is_not_divided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(team: Team) -> Any:
-        tasks = Tasks(team, bytes)
-        found = [tasks.pays("search")]
-        tasks.judge("search", 0.5, 1.0)
-        found.append(tasks.pays("search"))
-        tasks.judge("search", 1.0, 0.998)
-        found += [tasks.pays("search"), tasks.pays("losses")]
-        time.sleep(0.3)
-        return [*found, tasks.pays("search")]
+def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(_tasks.time, "monotonic", lambda: clock[0])
 
-    expected = [True, True, False, True, True]
-    assert Crew(1, monkeypatch).each(work) == {0: expected}
+    def run(tasks: Tasks, alone: float, divided: float, count: int) -> float:
+        """Share of the operations that are divided."""
+        ways = []
+        for _ in range(count):
+            ways.append(tasks.pays("search 2 0"))
+            seconds = divided if ways[-1] else alone
+            clock[0] += seconds
+            tasks.note("search 2 0", ways[-1], seconds, 32)
+        return float(np.mean(ways))
+
+    # Of a team of one, which the clock does not hurry.
+    members = Members(dist.HashStore(), 0, 1)
+    tasks = Tasks(Team(members), bytes)
+    assert [run(tasks, 0.01, 0.02, 1), run(tasks, 0.01, 0.02, 1)] == [0.0, 1.0]
+    # A per cent of the time goes into trying the other way.
+    assert 0.0 < run(tasks, 0.01, 0.02, 5000) < 0.012
+    assert tasks.pays("losses 2 0") is False
+    # Now the others have time.
+    assert run(tasks, 0.01, 0.006, 5000) > 0.95
+    assert run(tasks, 0.01, 0.006, 5000) < 1.0
+    tasks.possible = False
+    assert not tasks.pays("search 2 0")
+    tasks.close()
+    members.leave()
 
 
 def test_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from .errors import FastvolError
 
 # How often to look for a task, seconds: after a tenth of the time for which there was none.
 _SOONEST, _LATEST, _IDLE_SHARE = 0.001, 0.02, 0.1
-# An operation of a kind whose division has cost time is not divided for so many times that time.
+# The slower of two ways is not tried again for so many times what it lost.
 _PAUSE = 100.0
 # Room for the numbers that an answer has beside what it was asked with, bytes.
 _NUMBERS = 1 << 16
@@ -58,7 +58,9 @@ class Tasks:
         self._slots = 2 * team.size
         self._soonest = max(_SOONEST, _SOONEST * team.size / 16)
         self._last = time.monotonic()
-        self._not_before: dict[str, float] = {}
+        # Seconds a ray of each kind of operation, alone and divided; when to try the slower way.
+        self._rates: dict[str, dict[bool, float]] = {}
+        self._retry: dict[str, float] = {}
         # A file that all processes write to forgets nothing.
         self.possible = not _in_a_file(team.store)
         self._memory = Memory()
@@ -156,20 +158,33 @@ class Tasks:
         return self._near
 
     def pays(self, kind: str) -> bool:
-        """Whether an operation of some kind is to be divided now."""
-        return self.possible and time.monotonic() >= self._not_before.get(kind, 0.0)
+        """Whether an operation of some kind is to be divided now: what was faster lately.
 
-    def judge(self, kind: str, together: float, alone: float) -> None:
-        """Notes what the division of an operation of some kind brought.
+        The other way is tried again from time to time.
+        """
+        rates = self._rates.setdefault(kind, {})
+        for way in (False, True):
+            if way not in rates:
+                return way and self.possible
+        better = rates[True] < rates[False]
+        retry = time.monotonic() >= self._retry.get(kind, 0.0)
+        return self.possible and better != retry
+
+    def note(self, kind: str, divided: bool, seconds: float, rows: int) -> None:
+        """Notes what an operation of some kind took.
 
         Args:
             kind: of it.
-            together: seconds that it took.
-            alone: seconds that it would have taken.
+            divided: which way.
+            seconds: all of it.
+            rows: its rays.
         """
-        lost = together - alone
-        if lost > 0:
-            self._not_before[kind] = time.monotonic() + _PAUSE * lost
+        rates, rate = self._rates.setdefault(kind, {}), seconds / rows
+        rates[divided] = 0.5 * (rates.get(divided, rate) + rate)
+        if len(rates) == 2:
+            lost = rates[divided] - rates[not divided]
+            if lost >= 0:
+                self._retry[kind] = time.monotonic() + _PAUSE * lost * rows
 
 
 class Posting:

@@ -64,15 +64,23 @@ class Division:
         parts = [sheet.take(span) for span in spans]
         assert sheet.vectors is not None
         size = 2 * sheet.vectors.numel() * sheet.vectors.element_size()
-        # Many rays may pay where few do not.
-        kind = f"{sheet.info['kind']} {len(sheet).bit_length()}"
         tasks = self._tasks
-        if tasks is None or size > _MOST_BYTES or not tasks.pays(kind):
+        if tasks is None:
             return Sheet.join([self._own.answer(part) for part in parts])
-        return self._together(tasks, kind, parts)
-
-    def _together(self, tasks: Tasks, kind: str, parts: list[Sheet]) -> Sheet:
+        # What pays for many rays, or after some steps, may not for few.
+        kind = f"{sheet.info['kind']} {len(parts)} {sheet.info.get('steps', 0)}"
         began = time.perf_counter()
+        divided = size <= _MOST_BYTES and tasks.pays(kind)
+        if divided:
+            whole = self._together(tasks, parts)
+        else:
+            whole = Sheet.join([self._own.answer(part) for part in parts])
+        # The first time of a kind, here or elsewhere, says nothing of the others.
+        if not whole.info["fresh"]:
+            tasks.note(kind, divided, time.perf_counter() - began, len(sheet))
+        return whole
+
+    def _together(self, tasks: Tasks, parts: list[Sheet]) -> Sheet:
         posting = tasks.post(
             [
                 Sheet(part.columns, part.vectors, {**part.info, "lanes": self._lanes}).to_bytes()
@@ -80,22 +88,13 @@ class Division:
             ]
         )
         answers: dict[int, Sheet] = {}
-        own = rows = 0.0
         mine: int | None = 0
         while mine is not None:
-            start = time.perf_counter()
             answers[mine] = self._own.answer(parts[mine])
-            own += time.perf_counter() - start
-            rows += len(parts[mine])
             mine = posting.claim()
         for number, data in posting.answers().items():
             answers[number] = Sheet.from_bytes(data)
-        whole = Sheet.join([answers[number] for number in range(len(parts))])
-        # The first time of a kind, here or elsewhere, says nothing of the others.
-        if not whole.info["fresh"]:
-            alone = own / rows * sum(map(len, parts))
-            tasks.judge(kind, time.perf_counter() - began, alone)
-        return whole
+        return Sheet.join([answers[number] for number in range(len(parts))])
 
 
 def processes_for(setting: tuple[Any, ...], size: int, radius: float) -> int:
