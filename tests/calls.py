@@ -24,7 +24,7 @@ from benchmarks.proofs import bodies
 from fastvol import _processes, _tasks, _work
 
 # Seconds of a slow loss.
-PAUSE = 0.001
+PAUSE = 0.0005
 PLAN: dict[str, Any] = {
     "engine": "general",
     "chunk": 4,
@@ -174,12 +174,12 @@ def scenario(name: str, folder: Path) -> fastvol.VolumeEstimate:
         # A trace would leave the pause out.
         return divided("annealed", pause=3 * PAUSE, n=60, plan=None, engine="general")
     if name == "divided, kept":
-        return divided("annealed", pause=PAUSE, n=600, checkpoint=folder)
+        return divided("annealed", pause=PAUSE, n=250, checkpoint=folder)
     if name.startswith("helper "):
         _, victim, calls, how = name.split()
         dies = rank() == int(victim)
         own = {"loss_fn": DyingBody(int(calls), how)} if dies else {"pause": PAUSE}
-        return divided("annealed", n=600, checkpoint=folder, **own)
+        return divided("annealed", n=250, checkpoint=folder, **own)
     if name.startswith("rank "):
         _, victim, calls = name.split()
         loss = Dying(int(calls)) if rank() == int(victim) else F.mse_loss

@@ -146,7 +146,8 @@ def divided_alone(name: str) -> fastvol.VolumeEstimate:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_chains_of_one_run_are_divided(size: int, tmp_path: Path) -> None:
-    names = list(calls.DIVIDED)
+    # Four of them have three kinds: there may be no more than two cores.
+    names = list(calls.DIVIDED) if size == 2 else ["annealed", "replicated", "learned"]
     processes = started(size, tmp_path, names)
     outputs = finished(processes)
     assert [process.returncode for process in processes] == [0] * size, outputs
@@ -190,9 +191,9 @@ def test_who_ends_while_it_helps_ends_all(how: str, tmp_path: Path) -> None:
     # Another number of processes goes on, and then one alone finds it done.
     again = finished(processes := started(2, tmp_path, ["divided, kept"]))
     assert [process.returncode for process in processes] == [0, 0], again
-    whole = plain(calls.divided("annealed", n=600))
+    whole = plain(calls.divided("annealed", n=250))
     assert found(tmp_path, "divided, kept", 2) == [whole] * 2
-    assert plain(calls.divided("annealed", n=600, checkpoint=tmp_path / "run")) == whole
+    assert plain(calls.divided("annealed", n=250, checkpoint=tmp_path / "run")) == whole
 
 
 @pytest.mark.parametrize(("how", "words"), [("is killed", "not been heard of"), ("ends", "ended")])
