@@ -37,6 +37,7 @@ PROOFS = {
     "trained": trained.run,
     "prior": prior.run,
     "interrupted": interrupted.run,
+    "cost": interrupted.run_cost,
     "soak": interrupted.run_soak,
 }
 

@@ -62,8 +62,13 @@ _MOST_BYTES = 100.0
 
 
 def run(short: bool) -> dict[str, Any]:
-    """Kills, damage, processes, and what they cost."""
+    """Kills, damage, processes."""
     return _judged(stages, short)
+
+
+def run_cost(short: bool) -> dict[str, Any]:
+    """What it costs to keep blocks, and to divide them; it wants quiet cores."""
+    return _judged(_costs, short)
 
 
 def run_soak(short: bool) -> dict[str, Any]:
@@ -82,10 +87,9 @@ def _judged(parts: Callable[[bool], dict[str, Any]], short: bool) -> dict[str, A
 
 
 def stages(short: bool) -> dict[str, Any]:
-    """What each part found, with the seconds that it took; last those that want quiet cores."""
+    """What each part found, with the seconds that it took."""
     chance = random.Random(0)
     sizes = [100_000, 300_000] if short else [1_000_000, 5_000_000, 10_000_000]
-    timed = {} if short else {"overhead": overhead, "scaling": scaling}
     return _each(
         {
             "kills_of_rays": lambda place: kills(rays, place, chance, 10 if short else 150),
@@ -97,7 +101,18 @@ def stages(short: bool) -> dict[str, Any]:
             ),
             "merge": merge,
             "memory": lambda place: memory(place, sizes),
-            **timed,
+        }
+    )
+
+
+def _costs(short: bool) -> dict[str, Any]:
+    if short:
+        # Beside other work, and judged loosely.
+        return _each({"overhead": lambda place: overhead(place, 1, 0.05, 2.0)})
+    return _each(
+        {
+            "overhead": lambda place: overhead(place, 9, 1.0, 1.02),
+            "scaling": lambda place: scaling(place, 3, 1.0),
         }
     )
 
@@ -532,8 +547,13 @@ def memory(place: Path, sizes: Sequence[int]) -> dict[str, Any]:
     return {"runs": runs, "bytes_a_direction": each, "problems": problems}
 
 
-def overhead(place: Path, rounds: int = 9) -> dict[str, Any]:
-    """What keeping blocks costs, of the size that a run chooses: at 17 parameters, and at 2,410."""
+def overhead(place: Path, rounds: int, share: float, most: float) -> dict[str, Any]:
+    """What keeping blocks costs, of the size that a run chooses: at 17 parameters, and at 2,410.
+
+    Args:
+        place: a folder. rounds: of runs with and without.
+        share: of the directions. most: ratio of their times.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -544,12 +564,12 @@ def overhead(place: Path, rounds: int = 9) -> dict[str, Any]:
 
     def larger(folder: Path | None, plan: dict[str, Any] | None) -> fastvol.VolumeEstimate:
         return fastvol.estimate(
-            model, F.cross_entropy, data=(x, y), n=8192, method="radial", rtol=1e-3, plan=plan,
-            progress=False, checkpoint=folder,
+            model, F.cross_entropy, data=(x, y), n=round(8192 * share), method="radial", rtol=1e-3,
+            plan=plan, progress=False, checkpoint=folder,
         )  # fmt: skip
 
     def smaller(folder: Path | None, plan: dict[str, Any] | None) -> fastvol.VolumeEstimate:
-        return rays(folder, n=81_920, plan=plan)
+        return rays(folder, n=round(81_920 * share), plan=plan)
 
     calls: dict[str, tuple[Callable[..., fastvol.VolumeEstimate], dict[str, Any]]] = {
         "tiny": (smaller, tiny),
@@ -574,13 +594,17 @@ def overhead(place: Path, rounds: int = 9) -> dict[str, Any]:
             "ratio_of_processor_time": min(busy[True]) / min(busy[False]),
         }
     problems = [
-        f"{name}: {told['ratio'] - 1:.1%}" for name, told in found.items() if told["ratio"] > 1.02
+        f"{name}: {told['ratio'] - 1:.1%}" for name, told in found.items() if told["ratio"] > most
     ]
     return {**found, "problems": problems}
 
 
-def scaling(place: Path) -> dict[str, Any]:
-    """Two processes of one thread against one process of two, on a network of MNIST's size."""
+def scaling(place: Path, rounds: int, least: float) -> dict[str, Any]:
+    """Two processes of one thread against one process of two, on a network of MNIST's size.
+
+    Args:
+        place: a folder. rounds: of both. least: ratio of their times.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -593,7 +617,13 @@ def scaling(place: Path) -> dict[str, Any]:
     def call(threads: int) -> fastvol.VolumeEstimate:
         own = {**plan, "threads": threads, "noise_threads": threads}
         return fastvol.estimate(
-            model, F.cross_entropy, data=(x, y), n=2048, metric="filter", method="radial", plan=own
+            model,
+            F.cross_entropy,
+            data=(x, y),
+            n=2048,
+            metric="filter",
+            method="radial",
+            plan=own,
         )
 
     def seconds(size: int, threads: int) -> float:
@@ -606,9 +636,9 @@ def scaling(place: Path) -> dict[str, Any]:
         return time.perf_counter() - began
 
     two, one = [], []
-    for _ in range(3):
+    for _ in range(rounds):
         two.append(seconds(2, 1))
         one.append(seconds(1, 2))
     ratio = float(np.median(np.array(one) / np.array(two)))
-    problems = [] if ratio >= 1.0 else [f"two processes take {1 / ratio:.2f} times as long"]
+    problems = [] if ratio >= least else [f"two processes take {1 / ratio:.2f} times as long"]
     return {"one_process": one, "two_processes": two, "ratio": ratio, "problems": problems}
