@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._backend import Backend
 from .._layout import ParameterLayout
 from .._objective import PREFIX, Batch, Objective, as_float, rows_of
-from .._sharding import Group, is_sharded, whole_of
+from .._sharding import Group, whole_of
 
 # Of the engines' measurements; see ``fastvol.engines``.
 _PROBE_STREAM = 2
@@ -236,7 +236,7 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     sha = hashlib.sha256()
     for name, tensor in named:
         sha.update(name.encode())
-        _update(sha, whole_of(tensor) if is_sharded(tensor) else tensor)
+        _update(sha, whole_of(tensor))
     return sha.hexdigest()
 
 
